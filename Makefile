@@ -1,0 +1,56 @@
+# From a fresh clone: `make test`, or `make quickstart` to see a model train. Both install what is missing first.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DETECTRON2 ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+# OpenMP threads that spin while they wait make training many times slower on shared cores.
+export OMP_WAIT_POLICY := passive
+export PIP_NO_INPUT := 1
+
+# Whether a variable comes from the caller rather than from the defaults above.
+given = $(filter-out file,$(origin $(1)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean
+
+help:  ## show this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'Variables, with their present values:'
+	@echo '  PYTHON=$(PYTHON)  the Python (3.10 or newer) that creates the environment'
+	@echo '  VENV=$(VENV)  the environment; an existing one may be named'
+	@echo '  TORCH="$(TORCH)"  what pip installs as torch: requirements and options of pip'
+	@echo '  DETECTRON2="$(DETECTRON2)"  a pip requirement of the real Detectron2; if empty, the one that the'
+	@echo '      environment has already, else ./detectron2_lite'
+	@echo '  PYTEST_ARGS="$(PYTEST_ARGS)"  further arguments for make test'
+
+install:  ## create or update the environment; does nothing if it is up to date
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'error: "$(PYTHON)" is no Python of version 3.10 or newer; name one with PYTHON=, e.g. PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) tools/install.py --venv '$(VENV)' \
+	  --torch '$(TORCH)' $(if $(call given,TORCH),,--torch-is-default) \
+	  --detectron2 '$(DETECTRON2)' $(if $(call given,PYTHON),--this-python)
+
+quickstart: install  ## train and evaluate a small model on generated images, on the CPU, in minutes
+	$(RUN) tools/quickstart.py
+
+test: install  ## run all tests; those that need a GPU are skipped where there is none
+	$(RUN) -m pytest --durations=5 $(PYTEST_ARGS)
+
+lint: install  ## check style, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: install  ## mend what the linter can mend by itself, and format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## delete caches and build products; keeps the environment, output/ and datasets/
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache projects/*.egg-info detectron2_lite/build
+	find projects tests tools configs detectron2_lite -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,132 @@
+"""DINO as a LazyConfig: every size is an argument, every part a node that a config can replace."""
+
+from detectron2.config import LazyCall as L
+
+from efficient_detr.losses import FocalClassCost, FocalClassLoss, HungarianMatcher, SetLoss
+from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.attention import (
+    DeformableDecoderAttention,
+    DeformableEncoderAttention,
+    SelfAttention,
+)
+from efficient_detr.modeling.decoder import BoxQueryPosition, DecoderLayer, TransformerDecoder
+from efficient_detr.modeling.detector import Detector
+from efficient_detr.modeling.encoder import EncoderLayer, TransformerEncoder
+from efficient_detr.modeling.heads import PredictionHead
+from efficient_detr.modeling.layers import FeedForward
+from efficient_detr.modeling.neck import ChannelMapper
+from efficient_detr.modeling.position import SinePositionEmbedding
+from efficient_detr.modeling.queries import ContrastiveDenoising, ProposalHead, TwoStageQueries
+from efficient_detr.modeling.tokenizer import FeatureTokenizer
+from efficient_detr.postprocessing import SigmoidTopK
+
+from ..data.constants import constants
+from .backbones import resnet50
+
+
+def encoder_attention(channels=256, num_heads=8, num_levels=4, num_points=4):
+    """Deformable attention of an encoder layer."""
+    return L(DeformableEncoderAttention)(
+        channels=channels, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+    )
+
+
+def feedforward(channels=256, hidden_channels=2048):
+    """Feed-forward network of a layer."""
+    return L(FeedForward)(channels=channels, hidden_channels=hidden_channels)
+
+
+def dino(
+    *,
+    backbone=resnet50,
+    in_features=("res3", "res4", "res5"),
+    in_channels=(512, 1024, 2048),
+    num_classes=80,
+    channels=256,
+    num_heads=8,
+    num_points=4,
+    num_levels=4,
+    hidden_channels=2048,
+    encoder_layers=6,
+    decoder_layers=6,
+    num_queries=900,
+    num_groups=32,
+    temperature=10000,
+    position_offset=-0.5,
+    num_denoising_queries=100,
+    num_detections=300,
+):
+    """The whole model. `model.num_classes` is the only place to set the number of classes."""
+    attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points)
+    return L(EfficientDETR)(
+        num_classes=num_classes,
+        detector=L(Detector)(
+            backbone=backbone,
+            neck=L(ChannelMapper)(
+                in_features=list(in_features),
+                in_channels=list(in_channels),
+                channels=channels,
+                num_levels=num_levels,
+                num_groups=num_groups,
+            ),
+            tokenizer=L(FeatureTokenizer)(
+                position_embedding=L(SinePositionEmbedding)(
+                    channels=channels, temperature=temperature, offset=position_offset
+                ),
+                channels=channels,
+                num_levels=num_levels,
+            ),
+            selection=None,
+            encoder=L(TransformerEncoder)(
+                layers=[
+                    L(EncoderLayer)(
+                        attention=encoder_attention(channels, **attention),
+                        feedforward=feedforward(channels, hidden_channels),
+                        channels=channels,
+                    )
+                    for _ in range(encoder_layers)
+                ],
+            ),
+            proposals=L(ProposalHead)(
+                channels=channels,
+                head=L(PredictionHead)(channels=channels, num_classes="${....num_classes}"),
+            ),
+            queries=L(TwoStageQueries)(num_queries=num_queries, channels=channels),
+            denoising=L(ContrastiveDenoising)(
+                num_classes="${...num_classes}",
+                channels=channels,
+                num_queries=num_denoising_queries,
+            ),
+            decoder=L(TransformerDecoder)(
+                layers=[
+                    L(DecoderLayer)(
+                        self_attention=L(SelfAttention)(channels=channels, num_heads=num_heads),
+                        cross_attention=L(DeformableDecoderAttention)(
+                            channels=channels, **attention
+                        ),
+                        feedforward=feedforward(channels, hidden_channels),
+                        channels=channels,
+                    )
+                    for _ in range(decoder_layers)
+                ],
+                heads=[
+                    L(PredictionHead)(channels=channels, num_classes="${.....num_classes}")
+                    for _ in range(decoder_layers)
+                ],
+                query_position=L(BoxQueryPosition)(channels=channels),
+                channels=channels,
+            ),
+        ),
+        losses=[
+            L(SetLoss)(
+                matcher=L(HungarianMatcher)(class_cost=L(FocalClassCost)()),
+                class_loss=L(FocalClassLoss)(),
+            )
+        ],
+        postprocessor=L(SigmoidTopK)(num_detections=num_detections),
+        pixel_mean=constants.imagenet_rgb256_mean,
+        pixel_std=constants.imagenet_rgb256_std,
+    )
+
+
+model = dino()

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Detect objects in pictures and draw the boxes.
+
+python demo.py --config-file configs/focus_detr.py --input street.jpg photos/*.png \\
+    --output detections --confidence-threshold 0.5 --opts train.init_checkpoint=model_final.pth
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from efficient_detr.engine.checks import check_device, check_init_checkpoint, load_config
+from efficient_detr.engine.predictor import Predictor, output_paths, picture_files, save_picture
+from efficient_detr.errors import UserError
+
+logger = logging.getLogger("efficient_detr.demo")
+
+NO_PICTURE_STATUS = 1
+USER_ERROR_STATUS = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; ``--opts`` must come last, because it takes all that follows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="pictures, folders of pictures or glob patterns"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="draw boxes from this score on"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, path.to.key=value"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: command line without the program name; None for the one of the process.
+
+    Returns:
+        The exit status: 0, 1 if no picture could be handled, 2 after an error of the command line.
+    """
+    args = build_parser().parse_args(argv)
+    setup_logger(name="fvcore")
+    setup_logger(name="efficient_detr")
+    setup_logger()
+    try:
+        done = _detect(args)
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return USER_ERROR_STATUS
+    return 0 if done else NO_PICTURE_STATUS
+
+
+def _detect(args: argparse.Namespace) -> int:
+    """Handle all pictures; return how many could be."""
+    cfg = load_config(args.config_file, args.opts)
+    check_device(cfg, 1)
+    check_init_checkpoint(cfg)
+    files = picture_files(args.input)
+    predictor = Predictor(cfg)
+    done = 0
+    pairs = zip(files, output_paths(files, args.output), strict=True)
+    for source, target in tqdm(pairs, total=len(files), unit="picture", disable=None):
+        try:
+            image = predictor.read(source)
+        except UserError as error:
+            logger.error("%s", error)
+            continue
+        instances = predictor(image)
+        kept = instances[instances.scores >= args.confidence_threshold]
+        save_picture(predictor.draw(image, kept), target)
+        logger.info("%s: %d detections -> %s", source, len(kept), target)
+        done += 1
+    logger.info("%d of %d pictures done", done, len(files))
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(main())

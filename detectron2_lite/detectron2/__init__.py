@@ -1,0 +1,13 @@
+"""The part of Detectron2's API on which DETR training and evaluation stand."""
+
+import sys
+
+from detectron2._absent import AbsentModuleFinder, absent_name_getter
+from detectron2.utils.env import setup_environment
+
+__version__ = "0.6"
+__lite__ = True
+__getattr__ = absent_name_getter(__name__)
+
+sys.meta_path.append(AbsentModuleFinder())
+setup_environment()

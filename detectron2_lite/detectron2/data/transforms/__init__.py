@@ -1,0 +1,42 @@
+"""Deterministic transforms of images and boxes, and random augmentations that choose them."""
+
+from fvcore.transforms.transform import (
+    BlendTransform,
+    CropTransform,
+    HFlipTransform,
+    NoOpTransform,
+    PadTransform,
+    ScaleTransform,
+    Transform,
+    TransformList,
+    VFlipTransform,
+)
+
+from detectron2._absent import absent_name_getter
+
+from .augmentation import (
+    Augmentation,
+    AugmentationList,
+    AugInput,
+    StandardAugInput,
+    TransformGen,
+    apply_augmentations,
+    apply_transform_gens,
+)
+from .augmentation_impl import (
+    FixedSizeCrop,
+    RandomApply,
+    RandomBrightness,
+    RandomContrast,
+    RandomCrop,
+    RandomFlip,
+    RandomLighting,
+    RandomSaturation,
+    Resize,
+    ResizeScale,
+    ResizeShortestEdge,
+)
+from .transform import ColorTransform, PILColorTransform, ResizeTransform
+
+__all__ = [name for name in globals() if not name.startswith("_") and name != "absent_name_getter"]
+__getattr__ = absent_name_getter(__name__)

@@ -1,0 +1,284 @@
+"""The augmentations that detectors are trained with.
+
+All draw from NumPy's global generator, in a fixed order: equal seeds give equal augmentations.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fvcore.transforms.transform import (
+    BlendTransform,
+    CropTransform,
+    HFlipTransform,
+    NoOpTransform,
+    PadTransform,
+    Transform,
+    TransformList,
+    VFlipTransform,
+)
+from PIL import Image
+
+from .augmentation import Augmentation, _transform_to_aug
+from .transform import ResizeTransform
+
+_BILINEAR = Image.Resampling.BILINEAR
+
+
+class RandomApply(Augmentation):
+    """Another augmentation or transform, with probability ``prob``."""
+
+    def __init__(self, tfm_or_aug: Transform | Augmentation, prob: float = 0.5) -> None:
+        assert 0.0 <= prob <= 1.0, f"a probability lies in [0, 1], got {prob}"
+        self.aug = _transform_to_aug(tfm_or_aug)
+        self.prob = prob
+
+    def get_transform(self, *args: Any) -> Transform:
+        """One uniform number decides; then the other augmentation chooses."""
+        chosen = self._rand_range() < self.prob
+        return self.aug.get_transform(*args) if chosen else NoOpTransform()
+
+    def __call__(self, aug_input: Any) -> Transform:
+        """Augment ``aug_input`` in place, or leave it."""
+        return self.aug(aug_input) if self._rand_range() < self.prob else NoOpTransform()
+
+
+class RandomFlip(Augmentation):
+    """Flip horizontally, or vertically instead, with probability ``prob``."""
+
+    def __init__(
+        self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False
+    ) -> None:
+        if horizontal == vertical:
+            raise ValueError("RandomFlip needs exactly one of horizontal and vertical")
+        self.prob, self.horizontal, self.vertical = prob, horizontal, vertical
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws one uniform number."""
+        height, width = image.shape[:2]
+        if self._rand_range() >= self.prob:
+            return NoOpTransform()
+        return HFlipTransform(width) if self.horizontal else VFlipTransform(height)
+
+
+class Resize(Augmentation):
+    """Resize to a fixed ``shape``: (height, width), or one number for both."""
+
+    def __init__(self, shape: int | Sequence[int], interp: int = _BILINEAR) -> None:
+        self.shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
+        self.interp = interp
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws nothing."""
+        return ResizeTransform(*image.shape[:2], *self.shape, self.interp)
+
+
+class ResizeShortestEdge(Augmentation):
+    """Resize so that the shorter side gets a random length, and the longer at most ``max_size``."""
+
+    def __init__(
+        self,
+        short_edge_length: int | Sequence[int],
+        max_size: int = sys.maxsize,
+        sample_style: str = "range",
+        interp: int = _BILINEAR,
+    ) -> None:
+        """Set up the lengths.
+
+        Args:
+            short_edge_length: pixels: (smallest, largest) for ``range``, the values to choose
+                from for ``choice``, or one number. A drawn 0 keeps the size.
+            max_size: limit of the longer side.
+            sample_style: ``range`` or ``choice``.
+            interp: one of Pillow's filters.
+        """
+        assert sample_style in ("range", "choice"), sample_style
+        if isinstance(short_edge_length, int):
+            short_edge_length = (short_edge_length, short_edge_length)
+        self.is_range = sample_style == "range"
+        if self.is_range:
+            assert len(short_edge_length) == 2, f"a range has two ends, got {short_edge_length}"
+        self.short_edge_length, self.max_size = short_edge_length, max_size
+        self.sample_style, self.interp = sample_style, interp
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws one integer or one choice."""
+        lengths = self.short_edge_length
+        if self.is_range:
+            size = np.random.randint(lengths[0], lengths[1] + 1)
+        else:
+            size = np.random.choice(lengths)
+        if size == 0:
+            return NoOpTransform()
+        height, width = image.shape[:2]
+        new_shape = self.get_output_shape(height, width, size, self.max_size)
+        return ResizeTransform(height, width, *new_shape, self.interp)
+
+    @staticmethod
+    def get_output_shape(
+        oldh: int, oldw: int, short_edge_length: int, max_size: int
+    ) -> tuple[int, int]:
+        """(height, width) after the resize, both rounded half up."""
+        # Operation by operation as Detectron2: a different rounding would change the size.
+        scale = short_edge_length * 1.0 / min(oldh, oldw)
+        short, long = short_edge_length * 1.0, scale * max(oldh, oldw)
+        if long > max_size:
+            limit = max_size * 1.0 / long
+            short, long = short * limit, long * limit
+        height, width = (short, long) if oldh < oldw else (long, short)
+        return int(height + 0.5), int(width + 0.5)
+
+
+class ResizeScale(Augmentation):
+    """Fit the image into a target size that is scaled at random ("large-scale jitter")."""
+
+    def __init__(
+        self,
+        min_scale: float,
+        max_scale: float,
+        target_height: int,
+        target_width: int,
+        interp: int = _BILINEAR,
+    ) -> None:
+        self.min_scale, self.max_scale = min_scale, max_scale
+        self.target_height, self.target_width = target_height, target_width
+        self.interp = interp
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws one uniform scale."""
+        height, width = image.shape[:2]
+        scale = np.random.uniform(self.min_scale, self.max_scale)
+        target = np.multiply((self.target_height, self.target_width), scale)
+        factor = np.minimum(target[0] / height, target[1] / width)
+        new_h, new_w = np.round(np.multiply((height, width), factor)).astype(int).tolist()
+        return ResizeTransform(height, width, new_h, new_w, self.interp)
+
+
+class RandomCrop(Augmentation):
+    """Crop a random window."""
+
+    def __init__(self, crop_type: str, crop_size: Sequence[float]) -> None:
+        """Set up the window.
+
+        Args:
+            crop_type: what the two numbers of ``crop_size`` are: ``absolute``: height and width
+                in pixels, limited by the image; ``relative``: the same as fractions of the image;
+                ``relative_range``: the smallest fractions, drawn up to 1; ``absolute_range``: the
+                limits in pixels between which both sides are drawn.
+            crop_size: two numbers.
+        """
+        assert crop_type in ("relative_range", "relative", "absolute", "absolute_range"), crop_type
+        self.crop_type, self.crop_size = crop_type, crop_size
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws the size, then the top, then the left."""
+        height, width = image.shape[:2]
+        crop_height, crop_width = self.get_crop_size((height, width))
+        assert height >= crop_height and width >= crop_width, f"{self} left the image"
+        top = np.random.randint(height - crop_height + 1)
+        left = np.random.randint(width - crop_width + 1)
+        return CropTransform(left, top, crop_width, crop_height)
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a window in an image (height, width)."""
+        height, width = image_size
+        if self.crop_type == "absolute":
+            return min(int(self.crop_size[0]), height), min(int(self.crop_size[1]), width)
+        if self.crop_type == "absolute_range":
+            low, high = self.crop_size
+            assert low <= high, f"crop_size {self.crop_size} is an empty range"
+            crop_height = np.random.randint(min(height, low), min(height, high) + 1)
+            return crop_height, np.random.randint(min(width, low), min(width, high) + 1)
+        fractions = np.asarray(self.crop_size, dtype=np.float32)
+        if self.crop_type == "relative_range":
+            fractions = fractions + np.random.rand(2) * (1 - fractions)
+        else:
+            fractions = np.asarray(self.crop_size, dtype=np.float64)
+        return int(height * fractions[0] + 0.5), int(width * fractions[1] + 0.5)
+
+
+class FixedSizeCrop(Augmentation):
+    """Crop a random window of ``crop_size`` (height, width); pad images that are smaller."""
+
+    def __init__(
+        self,
+        crop_size: Sequence[int],
+        pad: bool = True,
+        pad_value: float = 128.0,
+        seg_pad_value: int = 255,
+    ) -> None:
+        self.crop_size, self.pad = crop_size, pad
+        self.pad_value, self.seg_pad_value = pad_value, seg_pad_value
+
+    def get_transform(self, image: np.ndarray) -> TransformList:
+        """Draws one uniform number, the position in both directions."""
+        size = image.shape[:2]
+        slack = np.maximum(np.subtract(size, self.crop_size), 0)
+        top, left = np.round(slack * np.random.uniform(0.0, 1.0)).astype(int)
+        height, width = self.crop_size
+        transforms = [CropTransform(left, top, width, height, size[1], size[0])]
+        if self.pad:
+            bottom, right = np.maximum(np.subtract(self.crop_size, size), 0)
+            kept = np.minimum(size, self.crop_size)
+            values = (self.pad_value, self.seg_pad_value)
+            transforms.append(PadTransform(0, 0, right, bottom, kept[1], kept[0], *values))
+        return TransformList(transforms)
+
+
+class _RandomBlend(Augmentation):
+    """``w * image + (1 - w) * other`` with w drawn from (intensity_min, intensity_max)."""
+
+    def __init__(self, intensity_min: float, intensity_max: float) -> None:
+        self.intensity_min, self.intensity_max = intensity_min, intensity_max
+
+    def _other(self, image: np.ndarray) -> Any:
+        raise NotImplementedError
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws one uniform number; 1 keeps the image."""
+        weight = np.random.uniform(self.intensity_min, self.intensity_max)
+        return BlendTransform(self._other(image), src_weight=1 - weight, dst_weight=weight)
+
+
+class RandomContrast(_RandomBlend):
+    """Blend with the image's mean value."""
+
+    def _other(self, image: np.ndarray) -> Any:
+        return image.mean()
+
+
+class RandomBrightness(_RandomBlend):
+    """Blend with black."""
+
+    def _other(self, image: np.ndarray) -> Any:
+        return 0
+
+
+class RandomSaturation(_RandomBlend):
+    """Blend an RGB image with its grey version."""
+
+    def _other(self, image: np.ndarray) -> Any:
+        assert image.shape[-1] == 3, f"saturation needs an RGB image, got {image.shape}"
+        return image.dot([0.299, 0.587, 0.114])[:, :, np.newaxis]
+
+
+class RandomLighting(Augmentation):
+    """Shift an RGB image along the principal components of ImageNet's colours (AlexNet)."""
+
+    def __init__(self, scale: float) -> None:
+        """``scale``: standard deviation of the three weights."""
+        self.scale = scale
+        self.eigen_vecs = np.array(
+            [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+        )
+        self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws three normal numbers."""
+        assert image.shape[-1] == 3, f"lighting needs an RGB image, got {image.shape}"
+        weights = np.random.normal(scale=self.scale, size=3)
+        shift = self.eigen_vecs.dot(weights * self.eigen_vals)
+        return BlendTransform(shift, src_weight=1.0, dst_weight=1.0)

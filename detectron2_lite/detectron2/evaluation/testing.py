@@ -1,0 +1,32 @@
+"""Results as flat dictionaries and as lines to paste into a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+
+def print_csv_format(results: Mapping[str, Any]) -> None:
+    """Log the metrics of each task as comma-separated values, without those of single classes."""
+    assert isinstance(results, Mapping) or not len(results), results
+    logger = logging.getLogger(__name__)
+    for task, metrics in results.items():
+        if not isinstance(metrics, Mapping):
+            logger.info("copypaste: %s=%s", task, metrics)
+            continue
+        overall = {name: value for name, value in metrics.items() if "-" not in name}
+        logger.info("copypaste: Task: %s", task)
+        logger.info("copypaste: %s", ",".join(overall))
+        logger.info("copypaste: %s", ",".join(f"{value:.4f}" for value in overall.values()))
+
+
+def flatten_results_dict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested results with keys joined by slashes, e.g. ``bbox/AP``."""
+    flat: dict[str, Any] = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}/{k}": v for k, v in flatten_results_dict(value).items()})
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,45 @@
+"""The interface of backbones."""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from detectron2.layers import ShapeSpec
+
+
+class Backbone(nn.Module, metaclass=ABCMeta):
+    """A network from images to feature maps by name.
+
+    A subclass either overrides :meth:`output_shape` or sets ``_out_features`` (names),
+    ``_out_feature_channels`` and ``_out_feature_strides`` (numbers by name).
+    """
+
+    _out_features: list[str]
+    _out_feature_channels: dict[str, int]
+    _out_feature_strides: dict[str, int]
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) to {name: features (B, C, H / stride, W / stride)}."""
+
+    @property
+    def size_divisibility(self) -> int:
+        """What the input's height and width must be a multiple of; 0 means anything."""
+        return 0
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """Further wishes for padding: ``size_divisibility``, ``square_size``."""
+        return {}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each feature map."""
+        return {
+            name: ShapeSpec(
+                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
+            )
+            for name in self._out_features
+        }

@@ -1,0 +1,41 @@
+"""Colours that are easy to tell apart on photographs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+__all__ = ["colormap", "random_color"]
+
+
+def _palette() -> np.ndarray:
+    """74 RGB colours in [0, 1]: hand-picked ones, a lattice, ramps of red, green, blue, greys."""
+    hexadecimal = "0072bd d95319 edb120 7e2f8e 77ac30 4dbeee a2142f 4d4d4d 999999"
+    picked = [np.array(list(bytes.fromhex(code))) / 255 for code in hexadecimal.split()]
+    primary = [(1, 0, 0), (1, 0.5, 0), (0.749, 0.749, 0), (0, 1, 0), (0, 0, 1), (0.667, 0, 1)]
+    levels = (0, 0.333, 0.667, 1)
+    lattice = [(red, green, 0) for red, green in product(levels[1:], repeat=2)]
+    for blue in (0.5, 1):
+        lattice += [(red, green, blue) for red, green in product(levels, repeat=2)][1:]
+    lattice.pop()  # white comes last
+    ramp = (0.167, 0.333, 0.5, 0.667, 0.833, 1)
+    ramps = [np.eye(3)[channel] * level for channel in range(3) for level in ramp][1:]
+    greys = [(level,) * 3 for level in (0, 0.143, 0.857, 1)]
+    return np.array([*picked, *primary, *lattice, *ramps, *greys], dtype=np.float32)
+
+
+_COLORS = _palette()
+
+
+def colormap(rgb: bool = False, maximum: int = 255) -> np.ndarray:
+    """All colours, float32 (74, 3), in 0 ... ``maximum`` (255 or 1); BGR unless ``rgb``."""
+    assert maximum in (255, 1), maximum
+    colors = _COLORS * maximum
+    return colors if rgb else colors[:, ::-1]
+
+
+def random_color(rgb: bool = False, maximum: int = 255) -> np.ndarray:
+    """One of the colours (3,), by one integer of NumPy's global generator."""
+    color = _COLORS[np.random.randint(0, len(_COLORS))] * maximum
+    return color if rgb else color[::-1]

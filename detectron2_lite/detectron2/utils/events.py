@@ -1,0 +1,234 @@
+"""Scalars and images of a training run, and the writers that pass them on."""
+
+import datetime
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from detectron2._absent import absent_name_getter
+from detectron2.utils.file_io import PathManager
+from fvcore.common.history_buffer import HistoryBuffer
+
+__getattr__ = absent_name_getter(__name__)
+_storages: list["EventStorage"] = []
+
+
+def get_event_storage() -> "EventStorage":
+    """The innermost storage in use; AssertionError if there is none."""
+    assert _storages, "get_event_storage() needs a 'with EventStorage(...)' around it."
+    return _storages[-1]
+
+
+def has_event_storage() -> bool:
+    """Whether :func:`get_event_storage` would find one."""
+    return bool(_storages)
+
+
+class EventStorage:
+    """The history of every scalar by iteration; a context manager."""
+
+    def __init__(self, start_iter: int = 0) -> None:
+        self.iter = start_iter
+        self._history: defaultdict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
+        self._smoothing_hints: dict[str, bool] = {}
+        self._latest: dict[str, tuple[float, int]] = {}
+        self._prefix = ""
+        self._images: list[tuple[str, Any, int]] = []
+
+    def __enter__(self) -> "EventStorage":
+        _storages.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert _storages.pop() is self, "EventStorages have to be left in order."
+
+    def step(self) -> None:
+        """Goes to the next iteration."""
+        self.iter += 1
+
+    def put_scalar(
+        self, name: str, value: Any, smoothing_hint: bool = True, cur_iter: int | None = None
+    ) -> None:
+        """Adds a number; the hint says that it is noisy, and has to stay the same."""
+        name = self._prefix + name
+        cur_iter = self.iter if cur_iter is None else cur_iter
+        self._history[name].update(float(value), cur_iter)
+        self._latest[name] = (float(value), cur_iter)
+        known = self._smoothing_hints.setdefault(name, smoothing_hint)
+        assert known == smoothing_hint, f"Scalar {name} had another smoothing_hint before."
+
+    def put_scalars(
+        self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: Any
+    ) -> None:
+        """:meth:`put_scalar` for each keyword argument."""
+        for name, value in kwargs.items():
+            self.put_scalar(name, value, smoothing_hint, cur_iter)
+
+    def put_image(self, img_name: str, img_tensor: Any) -> None:
+        """Keeps an RGB image (3, H, W), uint8 or float in [0, 1], for TensorBoard."""
+        self._images.append((img_name, img_tensor, self.iter))
+
+    def clear_images(self) -> None:
+        self._images = []
+
+    def history(self, name: str) -> HistoryBuffer:
+        """All values of a scalar; KeyError if there are none."""
+        if name not in self._history:
+            raise KeyError(f"No scalar {name} was put into the storage.")
+        return self._history[name]
+
+    def histories(self) -> dict[str, HistoryBuffer]:
+        return self._history
+
+    def latest(self) -> dict[str, tuple[float, int]]:
+        """Latest value of each scalar and its iteration."""
+        return self._latest
+
+    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
+        """:meth:`latest`, but medians over the last ``window_size`` iterations if noisy."""
+        smoothed = {}
+        for name, (value, iteration) in self._latest.items():
+            if self._smoothing_hints[name]:
+                value = self._history[name].median(self.count_samples(name, window_size))
+            smoothed[name] = (value, iteration)
+        return smoothed
+
+    def count_samples(self, name: str, window_size: int = 20) -> int:
+        """Number of values that a scalar got within its last ``window_size`` iterations."""
+        values = self._history[name].values()
+        first = values[-1][1] - window_size + 1
+        older = (count for count, (_, i) in enumerate(reversed(values)) if i < first)
+        return next(older, len(values))
+
+    def smoothing_hints(self) -> dict[str, bool]:
+        return self._smoothing_hints
+
+    @contextmanager
+    def name_scope(self, name: str) -> Iterator[None]:
+        """Prefixes the names of all scalars put inside with ``name/``."""
+        outer, self._prefix = self._prefix, name.rstrip("/") + "/"
+        yield
+        self._prefix = outer
+
+
+class EventWriter:
+    """Reads the current :class:`EventStorage` at each :meth:`write` and passes news on."""
+
+    _last_write = -1
+
+    def write(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+    def _new_scalars(self, window_size: int) -> list[tuple[str, float, int]]:
+        """(name, value, iteration) of what came after the last call."""
+        latest = get_event_storage().latest_with_smoothing_hint(window_size)
+        new = [(name, value, i) for name, (value, i) in latest.items() if i > self._last_write]
+        self._last_write = max([i for _, _, i in new], default=self._last_write)
+        return new
+
+
+class JSONWriter(EventWriter):
+    """Appends to a file one line of JSON for each iteration with new scalars."""
+
+    def __init__(self, json_file: str, window_size: int = 20) -> None:
+        self._file_handle = PathManager.open(json_file, "a")
+        self._window_size = window_size
+
+    def write(self) -> None:
+        lines: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        for name, value, iteration in self._new_scalars(self._window_size):
+            lines[iteration][name] = value
+        for iteration, scalars in lines.items():
+            line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True)
+            self._file_handle.write(line + "\n")
+        self._file_handle.flush()
+        if hasattr(self._file_handle, "fileno"):  # remote files have none
+            os.fsync(self._file_handle.fileno())
+
+    def close(self) -> None:
+        self._file_handle.close()
+
+
+class TensorboardXWriter(EventWriter):
+    """Writes scalars and images to TensorBoard files; ``kwargs`` go to SummaryWriter."""
+
+    def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
+        self._window_size = window_size
+        self._writer_args = {"log_dir": log_dir, **kwargs}
+
+    @cached_property
+    def _writer(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a slow import
+
+        return SummaryWriter(**self._writer_args)
+
+    def write(self) -> None:
+        for name, value, iteration in self._new_scalars(self._window_size):
+            self._writer.add_scalar(name, value, iteration)
+        for image in get_event_storage()._images:
+            self._writer.add_image(*image)
+        get_event_storage().clear_images()
+
+    def close(self) -> None:
+        if "_writer" in vars(self):
+            self._writer.close()
+
+
+class CommonMetricPrinter(EventWriter):
+    """Logs time left (with ``max_iter``), losses, ``[metric]`` scalars, times, rate, memory."""
+
+    def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
+        self.logger = logging.getLogger(__name__)
+        self._max_iter = max_iter
+        self._window_size = window_size
+        self._last_call: tuple[int, float] | None = None  # iteration and clock
+
+    def _time_left(self, storage: EventStorage) -> str:
+        if self._max_iter is None:
+            return ""
+        last, self._last_call = self._last_call, (storage.iter, time.perf_counter())
+        iterations_left = self._max_iter - storage.iter - 1
+        if "time" in storage.histories():
+            seconds = storage.history("time").median(1000) * iterations_left
+            storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+        elif last is not None and last[0] < storage.iter:
+            seconds = (self._last_call[1] - last[1]) / (storage.iter - last[0]) * iterations_left
+        else:
+            return ""
+        return f"eta: {datetime.timedelta(seconds=int(seconds))}  "
+
+    def _medians(self, storage: EventStorage, part_of_name: str) -> str:
+        return "  ".join(
+            f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
+            for name, history in storage.histories().items()
+            if part_of_name in name
+        )
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        if storage.iter == self._max_iter:
+            return  # the training is over: there is no progress to report
+        eta = self._time_left(storage)
+        histories, times, rate, memory = storage.histories(), "", "N/A", ""
+        if history := histories.get("time"):
+            times += f"time: {history.global_avg():.4f}  last_time: {history.latest():.4f}  "
+        if history := histories.get("data_time"):
+            mean = history.avg(storage.count_samples("data_time", self._window_size))
+            times += f"data_time: {mean:.4f}  last_data_time: {history.latest():.4f}  "
+        if history := histories.get("lr"):
+            rate = f"{history.latest():.5g}"
+        if torch.cuda.is_available():
+            memory = f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
+        losses, metrics = self._medians(storage, "loss"), self._medians(storage, "[metric]")
+        self.logger.info(
+            f" {eta}iter: {storage.iter}  {losses}  {metrics}  {times} lr: {rate}  {memory}"
+        )

@@ -1,0 +1,23 @@
+"""Lets closures and local classes, which pickle refuses, travel to data-loader workers."""
+
+from typing import Any
+
+import cloudpickle
+
+
+class PicklableWrapper:
+    """Behaves as the wrapped object and pickles it by value."""
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj._obj if isinstance(obj, PicklableWrapper) else obj
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cloudpickle.loads, (cloudpickle.dumps(self._obj),)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._obj(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_obj":  # absent only while the wrapper itself is being copied
+            raise AttributeError(name)
+        return getattr(self._obj, name)

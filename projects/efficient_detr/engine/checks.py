@@ -1,0 +1,309 @@
+"""Checks of config, command line and data before anything expensive happens.
+
+Every finding is a :class:`UserError` with one sentence. Detectron2 itself would accept a mistyped
+override silently as a new key and fail on a wrong path only after the model has been built.
+"""
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from efficient_detr.data.datasets import check_dataset_files, class_names, register_files
+from efficient_detr.engine.trainer import AMP_DTYPES
+from efficient_detr.errors import UserError
+
+_ROOTS_OF_EVALUATION = ("model", "dataloader", "train")
+_ROOTS_OF_TRAINING = (*_ROOTS_OF_EVALUATION, "optimizer", "lr_multiplier")
+
+
+def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
+    """Load a LazyConfig and apply overrides of the command line.
+
+    Args:
+        config_file: path of a ``.py`` or ``.yaml`` config.
+        overrides: ``path.to.key=value`` in Hydra's grammar; ``+path.to.key=value`` adds a key that
+            the config does not know.
+
+    Returns:
+        The config with the overrides applied.
+
+    Raises:
+        UserError: if the file is missing or broken, or an override is malformed or unknown.
+    """
+    if not config_file:
+        raise UserError("No config: name one with --config-file FILE, e.g. configs/focus_detr.py.")
+    if not os.path.isfile(config_file):
+        raise UserError(f"The config file {config_file} does not exist: check --config-file.")
+    if not config_file.endswith((".py", ".yaml", ".yml")):
+        raise UserError(f"The config file {config_file} must be a .py or .yaml file.")
+    try:
+        config = LazyConfig.load(config_file)
+    except (ImportError, SyntaxError, KeyError, OmegaConfBaseException) as error:
+        raise UserError(f"The config file {config_file} cannot be loaded: {_line(error)}") from error
+    check_overrides(config, overrides)
+    try:
+        return LazyConfig.apply_overrides(config, list(overrides))
+    except (KeyError, NotImplementedError, OmegaConfBaseException) as error:
+        raise UserError(f"The overrides {list(overrides)} fail: {_line(error)}") from error
+
+
+def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Check that each override changes something that the config or the built object knows.
+
+    A new key is fine where the object that is built from its parent takes an argument of this name.
+
+    Raises:
+        UserError: naming the unknown key and the closest known one.
+    """
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except OverrideParseException as error:
+            raise UserError(
+                f"The override '{text}' is not of the form path.to.key=value: put quotes around "
+                "values with spaces, brackets or commas."
+            ) from error
+        if not override.is_add() and not _is_known(config, override.key_or_group.split(".")):
+            raise UserError(_unknown_key(config, override.key_or_group))
+
+
+def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int = 0) -> None:
+    """Check a whole config without building anything.
+
+    Args:
+        config: the config with all overrides applied.
+        eval_only: whether only ``model``, ``dataloader`` and ``train`` are needed.
+        num_gpus: processes that ``--num-gpus`` asks for.
+
+    Raises:
+        UserError: for the first of: a missing part, an argument that its target does not take, an
+            unusable device or GPU count, a missing checkpoint, a missing data set or a number of
+            classes that does not match.
+    """
+    roots = _ROOTS_OF_EVALUATION if eval_only else _ROOTS_OF_TRAINING
+    missing = [root for root in roots if root not in config]
+    if missing:
+        raise UserError(
+            f"The config lacks {' and '.join(missing)}: import the common configs, or see "
+            "efficient_detr.engine.train.do_train for what a config holds."
+        )
+    check_arguments(config)
+    check_device(config, num_gpus)
+    check_init_checkpoint(config)
+    for node in ("test",) if eval_only else ("train", "test"):
+        check_dataset(config, node)
+
+
+def check_arguments(config: DictConfig) -> None:
+    """Check that every ``_target_`` takes all arguments that the config gives it.
+
+    Raises:
+        UserError: naming the argument, the target and the closest argument that it takes.
+    """
+    for path, node in _lazy_nodes(config, ""):
+        target = _target(node)
+        arguments = _accepted_arguments(target)
+        for key in node:
+            if arguments is None or key == "_target_" or key in arguments:
+                continue
+            name = getattr(target, "__qualname__", str(target))
+            raise UserError(
+                f"'{path}.{key}' is unknown: {name} takes no argument '{key}'"
+                f"{_did_you_mean(str(key), arguments)}"
+            )
+
+
+def check_device(config: DictConfig, num_gpus: int) -> None:
+    """Check ``train.device``, ``train.amp.dtype`` and the number of GPUs.
+
+    Raises:
+        UserError: if this machine has not what they ask for.
+    """
+    device = str(OmegaConf.select(config, "train.device", default="cpu"))
+    available = torch.cuda.device_count()
+    if device.startswith("cuda") and available == 0:
+        raise UserError(
+            f"train.device={device}, but PyTorch finds no GPU: add train.device=cpu, or install a "
+            "CUDA build of PyTorch."
+        )
+    if device.startswith("cuda") and num_gpus > available:
+        raise UserError(f"--num-gpus {num_gpus}, but this machine has {available}: use fewer.")
+    dtype = OmegaConf.select(config, "train.amp.dtype", default="bfloat16")
+    if dtype not in AMP_DTYPES:
+        raise UserError(f"train.amp.dtype={dtype} is unknown: use {' or '.join(AMP_DTYPES)}.")
+
+
+def check_init_checkpoint(config: DictConfig) -> None:
+    """Check that a local ``train.init_checkpoint`` exists.
+
+    Raises:
+        UserError: if it does not.
+    """
+    path = OmegaConf.select(config, "train.init_checkpoint", default="")
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+        raise UserError(
+            f"The checkpoint {path} does not exist: check train.init_checkpoint, or set "
+            "train.init_checkpoint='' to start from random weights."
+        )
+
+
+def check_dataset(config: DictConfig, split: str) -> None:
+    """Check names and files of ``dataloader.<split>.dataset`` and, if known yet, its classes.
+
+    Data sets that are built by something without ``names`` are left to whoever builds them.
+
+    Raises:
+        UserError: for an unset or unknown name, a missing path or a wrong number of classes.
+    """
+    node = OmegaConf.select(config, f"dataloader.{split}.dataset")
+    if not isinstance(node, DictConfig):
+        return
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            raise UserError(
+                f"dataloader.{split}.dataset.{key} is not set: add it to the command line as "
+                f"dataloader.{split}.dataset.{key}=..."
+            )
+    names = dataset_names(config, split)
+    register_files(names, node.get("json_file"), node.get("image_root"))
+    for name in names:
+        check_dataset_files(name)
+        check_num_classes(config, name)
+
+
+def check_num_classes(config: DictConfig, name: str) -> None:
+    """Check that the model has as many classes as a data set.
+
+    Raises:
+        UserError: naming both numbers and the override that puts it right.
+    """
+    expected = OmegaConf.select(config, "model.num_classes")
+    classes = class_names(name)
+    if expected is None or classes is None or len(classes) == expected:
+        return
+    listed = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    raise UserError(
+        f"The data set '{name}' has {len(classes)} classes ({listed}), but the model has "
+        f"{expected}: add model.num_classes={len(classes)}."
+    )
+
+
+def dataset_names(config: DictConfig, split: str) -> list[str]:
+    """Names of the data sets of ``dataloader.<split>``; empty if the config does not name them."""
+    names = OmegaConf.select(config, f"dataloader.{split}.dataset.names")
+    if names is None:
+        return []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _is_known(config: DictConfig, parts: list[str]) -> bool:
+    node: Any = config
+    for part in parts:
+        if isinstance(node, ListConfig):
+            if not part.isdigit() or int(part) >= len(node):
+                return False
+            node = node._get_node(int(part))
+        elif isinstance(node, DictConfig):
+            if part not in node.keys():
+                target = _target(node)
+                accepted = _accepted_arguments(target)
+                return target is not None and (accepted is None or part in accepted)
+            node = node._get_node(part)
+        else:
+            return False
+        # An interpolation or a missing value stands for something that is decided later.
+        if OmegaConf.is_config(node) and (node._is_interpolation() or node._is_missing()):
+            return True
+    return True
+
+
+def _unknown_key(config: DictConfig, key: str) -> str:
+    known = list(_all_keys(config, ""))
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    # A forgotten prefix is as common as a misspelling: max_iter for train.max_iter.
+    close = close or [k for k in known if k.endswith("." + key)][:1]
+    if not close:
+        last = difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in known}, n=1
+        )
+        close = [k for k in known if last and k.rsplit(".", 1)[-1] == last[0]][:1]
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    return f"The config has no key '{key}'{hint} (Write +{key}=... to add it nevertheless.)"
+
+
+def _all_keys(node: Any, prefix: str) -> Iterator[str]:
+    """Dotted keys of the config and the further arguments that its targets take."""
+    if isinstance(node, DictConfig):
+        for key in {**dict.fromkeys(node.keys()), **dict.fromkeys(_further_arguments(node))}:
+            yield f"{prefix}{key}"
+            yield from _all_keys(_child(node, key), f"{prefix}{key}.")
+    elif isinstance(node, ListConfig):
+        for index in range(len(node)):
+            yield from _all_keys(_child(node, index), f"{prefix}{index}.")
+
+
+def _lazy_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """All nodes with a ``_target_``, with their dotted paths."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node.keys():
+            yield path, node
+        for key in node.keys():
+            yield from _lazy_nodes(_child(node, key), f"{path}.{key}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for index in range(len(node)):
+            yield from _lazy_nodes(_child(node, index), f"{path}.{index}")
+
+
+def _child(node: DictConfig | ListConfig, key: Any) -> Any:
+    """A child as it is written; nothing for interpolations, which are checked where they point."""
+    child = node._get_node(key) if isinstance(node, ListConfig) or key in node.keys() else None
+    if OmegaConf.is_config(child) and (child._is_interpolation() or child._is_missing()):
+        return None
+    return None if OmegaConf.is_config(child) and child._is_none() else child
+
+
+def _target(node: DictConfig) -> Callable[..., Any] | None:
+    target = node.get("_target_") if "_target_" in node.keys() else None
+    if isinstance(target, str):
+        try:
+            target = locate(target)
+        except Exception as error:
+            raise UserError(f"The config's _target_ '{target}' cannot be imported.") from error
+    return target if callable(target) else None
+
+
+def _further_arguments(node: DictConfig) -> Sequence[str]:
+    return tuple(_accepted_arguments(_target(node)) or ())
+
+
+def _accepted_arguments(target: Callable[..., Any] | None) -> dict[str, inspect.Parameter] | None:
+    """Keyword arguments that a target takes; None if it takes any or does not tell."""
+    if target is None:
+        return None
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return dict(parameters)
+
+
+def _did_you_mean(key: str, candidates: dict[str, inspect.Parameter]) -> str:
+    close = difflib.get_close_matches(key, candidates, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f" (it takes {', '.join(candidates)})."
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,191 @@
+"""Detection in single pictures: what ``demo.py`` runs, and a model for own scripts to call."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import Metadata
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer, VisImage
+from omegaconf import DictConfig, OmegaConf
+
+from efficient_detr.data.datasets import class_names, register_files
+from efficient_detr.engine.checkpointer import AtomicCheckpointer
+from efficient_detr.engine.checks import dataset_names
+from efficient_detr.errors import UserError
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+
+
+class Predictor:
+    """A model with its weights, its test-time resizing and its class names.
+
+    Args:
+        cfg: a LazyConfig. Read are ``model``, ``train.device``, ``train.init_checkpoint``,
+            ``dataloader.test.mapper`` for the augmentations (ResizeShortestEdge and the like) and
+            the channel order, and ``dataloader.test.dataset`` for the class names.
+
+    Raises:
+        UserError: if the weights cannot be loaded.
+
+    Example::
+
+        predictor = Predictor(load_config("configs/focus_detr.py", ["train.init_checkpoint=w.pth"]))
+        instances = predictor(predictor.read("street.jpg"))
+        instances[instances.scores > 0.5].pred_boxes
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        mapper = OmegaConf.select(cfg, "dataloader.test.mapper", default={})
+        self.image_format = str(mapper.get("image_format", "RGB"))
+        self.augmentations = T.AugmentationList(list(instantiate(mapper.get("augmentations", []))))
+        self.metadata = _metadata(cfg)
+        self.model = instantiate(cfg.model).to(torch.device(cfg.train.device)).eval()
+        AtomicCheckpointer(self.model).load(cfg.train.init_checkpoint)
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detect objects in one picture.
+
+        Args:
+            image: uint8 (H, W, 3), RGB.
+
+        Returns:
+            Instances on the CPU with ``pred_boxes`` (Q, 4) in absolute (x1, y1, x2, y2) of the
+            given picture, ``scores`` (Q,) and ``pred_classes`` (Q,), best first.
+        """
+        height, width = image.shape[:2]
+        channels = image if self.image_format == "RGB" else image[:, :, ::-1]
+        resized = T.AugInput(np.ascontiguousarray(channels))
+        self.augmentations(resized)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        output = self.model([{"image": tensor, "height": height, "width": width}])[0]
+        instances: Instances = output["instances"].to("cpu")
+        return instances[instances.scores.argsort(descending=True, stable=True)]
+
+    def read(self, path: str) -> np.ndarray:
+        """Read a picture, upright.
+
+        Args:
+            path: file to read.
+
+        Returns:
+            uint8 (H, W, 3), RGB.
+
+        Raises:
+            UserError: if the file is missing or not a picture.
+        """
+        try:
+            return np.ascontiguousarray(read_image(path, format="RGB"))
+        # Pillow raises OSError, SyntaxError or ValueError, depending on where a file is broken.
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a picture and is left out.") from error
+
+    def draw(self, image: np.ndarray, instances: Instances) -> VisImage:
+        """Draw boxes, class names and scores on a copy of a picture.
+
+        Args:
+            image: uint8 (H, W, 3), RGB.
+            instances: what :meth:`__call__` returned for it, or a part of that.
+
+        Returns:
+            Detectron2's drawing; ``get_image()`` gives its pixels.
+        """
+        drawing: VisImage = Visualizer(image, self.metadata).draw_instance_predictions(instances)
+        return drawing
+
+
+def picture_files(inputs: Sequence[str]) -> list[str]:
+    """Resolve files, folders and glob patterns.
+
+    Args:
+        inputs: what the user gave. Of a folder, all files that look like pictures are taken.
+
+    Returns:
+        Paths in the given order, sorted within a folder or pattern, each once. A plain path is kept
+        even if there is no such file, so that it is reported like any unreadable one.
+
+    Raises:
+        UserError: if a folder or pattern gives nothing.
+    """
+    files: dict[str, None] = {}
+    for entry in inputs:
+        if os.path.isdir(entry):
+            found = [os.path.join(entry, name) for name in sorted(os.listdir(entry))]
+            found = [path for path in found if path.lower().endswith(PICTURE_ENDINGS)]
+        elif glob.has_magic(entry) and not os.path.exists(entry):
+            found = sorted(glob.glob(os.path.expanduser(entry), recursive=True))
+        else:
+            found = [os.path.expanduser(entry)]
+        if not found:
+            raise UserError(f"--input {entry} names no picture: check the folder or pattern.")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def output_paths(files: Sequence[str], folder: str) -> list[str]:
+    """Where the drawing of each picture goes.
+
+    Args:
+        files: pictures.
+        folder: output folder, made if missing.
+
+    Returns:
+        Paths in ``folder`` with the pictures' names; equal names from several folders get a number.
+        Endings that the drawing library cannot write become ``.png``.
+
+    Raises:
+        UserError: if ``folder`` is a file, or an output would replace its own input.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--output {folder} is a file: give a folder.") from error
+    paths: list[str] = []
+    for file in files:
+        stem, ending = os.path.splitext(os.path.basename(file))
+        ending = ending if ending.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        path, number = os.path.join(folder, stem + ending), 1
+        while path in paths:
+            number += 1
+            path = os.path.join(folder, f"{stem}_{number}{ending}")
+        if os.path.realpath(path) == os.path.realpath(file):
+            raise UserError(f"The result would replace {file}: choose another --output folder.")
+        paths.append(path)
+    return paths
+
+
+def save_picture(drawing: VisImage, path: str) -> None:
+    """Save a drawing under a temporary name and rename it, so that no half picture is left.
+
+    Args:
+        drawing: what :meth:`Predictor.draw` returned.
+        path: file to write; its ending decides the format.
+    """
+    folder, name = os.path.split(path)
+    partial_path = os.path.join(folder, ".partial_" + name)
+    drawing.save(partial_path)
+    os.replace(partial_path, path)
+
+
+def _metadata(cfg: DictConfig) -> Metadata:
+    """Class names of the config's test set, under no name, so that nothing else sees them."""
+    names = dataset_names(cfg, "test")
+    metadata = Metadata()
+    if names:
+        node = cfg.dataloader.test.dataset
+        register_files(names, _given(node, "json_file"), _given(node, "image_root"))
+        classes = class_names(names[0])
+        if classes is not None:
+            metadata.set(thing_classes=classes)
+    return metadata
+
+
+def _given(node: DictConfig, key: str) -> str | None:
+    """A value that may be absent or left open ("???"); a demo needs no data set."""
+    return None if OmegaConf.is_missing(node, key) else node.get(key)

@@ -1,0 +1,37 @@
+"""Evaluation: FLOPs, parameters and kept tokens beside Detectron2's accuracy evaluators."""
+
+from efficient_detr.evaluation.flop_handlers import (
+    FlopHandler,
+    is_given,
+    register_flop_handler,
+    tensor_shape,
+)
+from efficient_detr.evaluation.flops import (
+    FlopCount,
+    ParameterCount,
+    count_flops,
+    count_parameters,
+    stage_modules,
+)
+from efficient_detr.evaluation.flops_evaluator import (
+    FlopsEvaluator,
+    TokenStatistics,
+    build_evaluators,
+    describe_cost,
+)
+
+__all__ = [
+    "FlopCount",
+    "FlopHandler",
+    "FlopsEvaluator",
+    "ParameterCount",
+    "TokenStatistics",
+    "build_evaluators",
+    "count_flops",
+    "count_parameters",
+    "describe_cost",
+    "is_given",
+    "register_flop_handler",
+    "stage_modules",
+    "tensor_shape",
+]

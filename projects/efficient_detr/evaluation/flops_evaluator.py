@@ -1,0 +1,273 @@
+"""Cost beside accuracy: one evaluation reports AP, GFLOPs, parameters and kept tokens.
+
+:class:`FlopsEvaluator` is a Detectron2 evaluator that needs the model. A config cannot name the
+model, so a config's ``dataloader.evaluator`` stays the accuracy evaluator alone, and whoever runs
+the evaluation adds the cost with :func:`build_evaluators`::
+
+    evaluator = build_evaluators(instantiate(cfg.dataloader.evaluator), model)
+    results = inference_on_dataset(model, loader, evaluator)   # {"bbox": {...}, "flops": {...}}
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import nn
+
+from efficient_detr.evaluation.flops import (
+    FlopCount,
+    ParameterCount,
+    count_flops,
+    count_parameters,
+    unwrap,
+)
+from efficient_detr.structures import DetectorOutput
+
+GIGA = 1e9
+MEGA = 1e6
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TokenStatistics:
+    """Sums of token numbers over images; means are taken after adding up all processes.
+
+    Attributes:
+        images: number of images seen.
+        tokens: tokens over all levels, summed over images, padding of the batch included.
+        kept: encoder layer -> tokens that the layer updated, summed over images.
+    """
+
+    images: int = 0
+    tokens: int = 0
+    kept: Counter[int] = field(default_factory=Counter)
+
+    def add(self, output: DetectorOutput) -> None:
+        """Adds the images of one batch."""
+        batch = len(output.prediction.logits)
+        self.images += batch
+        self.tokens += batch * sum(height * width for height, width in output.spatial_shapes)
+        if output.selection is not None:
+            kept = output.selection.kept_tokens().sum(1).tolist()
+            self.kept.update(dict(enumerate(kept)))
+
+    def merge(self, other: TokenStatistics) -> None:
+        """Adds what another process has seen."""
+        self.images += other.images
+        self.tokens += other.tokens
+        self.kept.update(other.kept)
+
+    def means(self) -> OrderedDict[str, float]:
+        """``tokens-total`` and ``tokens-encoder-<layer>`` per image; empty without images."""
+        result: OrderedDict[str, float] = OrderedDict()
+        if self.images:
+            result["tokens-total"] = self.tokens / self.images
+            for layer in sorted(self.kept):
+                result[f"tokens-encoder-{layer}"] = self.kept[layer] / self.images
+        return result
+
+
+class FlopsEvaluator(DatasetEvaluator):
+    """Measures what a model costs while another evaluator measures how good it is.
+
+    FLOPs are counted on the first images of the data set, one image at a time, and averaged;
+    counting costs about one more forward pass an image. In distributed evaluation the main process
+    counts, so that the images and the result do not depend on the number of processes. Kept tokens
+    are averaged over all images of all processes.
+
+    A model that cannot be traced costs a warning, not the evaluation: the result then lacks the
+    GFLOPs.
+
+    Args:
+        model: the model under evaluation; data-parallel wrappers are looked through. Token numbers
+            are read from the output of its ``detector``, if it has one.
+        num_images: count FLOPs on this many images, 0 or more.
+
+    Raises:
+        ValueError: ``num_images`` is negative.
+    """
+
+    def __init__(self, model: nn.Module, *, num_images: int = 10) -> None:
+        if num_images < 0:
+            raise ValueError(f"num_images must be 0 or more, but is {num_images}.")
+        self._model = unwrap(model)
+        self._num_images = num_images
+        self._hook: Any = None
+        self._counting = False
+        self._gave_up = False
+        self._counts: list[FlopCount] = []
+        self._tokens = TokenStatistics()
+
+    def reset(self) -> None:
+        """Forgets earlier results and starts to listen to the detector."""
+        self._stop_listening()
+        self._gave_up = False
+        self._counts = []
+        self._tokens = TokenStatistics()
+        detector = getattr(self._model, "detector", None)
+        if isinstance(detector, nn.Module):
+            self._hook = detector.register_forward_hook(self._listen)
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Any) -> None:
+        """Counts FLOPs while fewer than ``num_images`` images have been counted.
+
+        Args:
+            inputs: Detectron2's input dictionaries of one batch.
+            outputs: the model's predictions; not used.
+        """
+        if not comm.is_main_process():
+            return
+        for image in inputs:
+            if self._gave_up or len(self._counts) >= self._num_images:
+                return
+            self._count(image)
+
+    def evaluate(self) -> OrderedDict[str, OrderedDict[str, float]] | None:
+        """Sums up, logs a table and stops listening.
+
+        Returns:
+            ``{"flops": {...}}`` on the main process, else None. Keys: ``GFLOPs`` and ``parameters``
+            (a number of elements) in total, ``GFLOPs-<stage>``, ``parameters-trainable``,
+            ``tokens-total`` and ``tokens-encoder-<layer>``, all means per image.
+        """
+        self._stop_listening()
+        gathered = comm.gather(self._tokens)
+        if not comm.is_main_process():
+            return None
+        tokens = TokenStatistics()
+        for statistics in gathered:
+            tokens.merge(statistics)
+        parameters = count_parameters(self._model)
+        logger.info(describe_cost(self._counts, parameters, tokens.means()))
+        return OrderedDict(flops=_results(self._counts, parameters, tokens.means()))
+
+    def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        # A counting pass repeats an image that was already seen.
+        if isinstance(output, DetectorOutput) and not self._counting:
+            self._tokens.add(output)
+
+    def _stop_listening(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _count(self, image: Mapping[str, Any]) -> None:
+        self._counting = True
+        try:
+            self._counts.append(count_flops(self._model, [image]))
+        except Exception as error:  # whatever a tracer may raise must not cost the AP
+            self._gave_up = True
+            logger.warning(
+                "GFLOPs will be missing from the results: %s could not be traced (%s: %s).",
+                type(self._model).__name__,
+                type(error).__name__,
+                error,
+            )
+        finally:
+            self._counting = False
+
+
+def build_evaluators(
+    evaluator: DatasetEvaluator, model: nn.Module, *, flops_images: int = 10
+) -> DatasetEvaluators:
+    """Puts a :class:`FlopsEvaluator` beside an accuracy evaluator.
+
+    Args:
+        evaluator: what the config's ``dataloader.evaluator`` builds, usually a ``COCOEvaluator``.
+        model: the model that will be evaluated.
+        flops_images: count FLOPs on this many images; 0 leaves parameters and token numbers only.
+    """
+    return DatasetEvaluators([evaluator, FlopsEvaluator(model, num_images=flops_images)])
+
+
+def mean_stages(counts: Sequence[FlopCount]) -> OrderedDict[str, float]:
+    """Mean multiply-adds per stage over several counts, in the order of the stages."""
+    result: OrderedDict[str, float] = OrderedDict()
+    for count in counts:
+        for stage, value in count.stages.items():
+            result[stage] = result.get(stage, 0.0) + value / len(counts)
+    return result
+
+
+def _results(
+    counts: Sequence[FlopCount], parameters: ParameterCount, tokens: Mapping[str, float]
+) -> OrderedDict[str, float]:
+    result: OrderedDict[str, float] = OrderedDict()
+    stages = mean_stages(counts)
+    if counts:
+        result["GFLOPs"] = sum(stages.values()) / GIGA
+    result["parameters"] = float(parameters.total)
+    result.update((f"GFLOPs-{stage}", value / GIGA) for stage, value in stages.items())
+    result["parameters-trainable"] = float(parameters.trainable)
+    result.update(tokens)
+    return result
+
+
+def describe_cost(
+    counts: Sequence[FlopCount],
+    parameters: ParameterCount,
+    tokens: Mapping[str, float] | None = None,
+) -> str:
+    """A readable report: a table of stages, then what was measured and what was not.
+
+    Args:
+        counts: one count per measured image; may be empty.
+        parameters: of the same model.
+        tokens: mean token numbers per image by name, see :meth:`TokenStatistics.means`.
+    """
+    lines = [_stage_table(mean_stages(counts), parameters)]
+    if counts:
+        lines.append(f"GFLOPs (1 multiply-add = 1): {_measured_sizes(counts)}")
+        lines.append(f"Operators seen, not counted: {_uncounted_operators(counts)}")
+    if tokens:
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in tokens.items())
+        lines.append(f"Tokens (mean per image): {numbers}")
+    return "Cost of the model:\n" + "\n".join(lines)
+
+
+def _stage_table(stages: Mapping[str, float], parameters: ParameterCount) -> str:
+    total = sum(stages.values())
+    names = list(dict.fromkeys([*stages, *parameters.stages]))
+    rows: list[list[Any]] = []
+    for name in names:
+        flops, held = stages.get(name, 0.0), parameters.stages.get(name, 0)
+        if flops or held:
+            rows.append(_row(name, flops, total, held, parameters.trainable_stages.get(name, 0)))
+    rows.append(_row("total", total, total, parameters.total, parameters.trainable))
+    headers = ["stage", "GFLOPs", "share", "parameters (M)", "trainable (M)"]
+    alignment = ("left", "right", "right", "right", "right")
+    return tabulate(rows, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+
+
+def _row(name: str, flops: float, total: float, held: int, trainable: int) -> list[str]:
+    share = f"{100 * flops / total:.1f} %" if total else "-"
+    measured = f"{flops / GIGA:.2f}" if total else "-"
+    return [name, measured, share, f"{held / MEGA:.3f}", f"{trainable / MEGA:.3f}"]
+
+
+def _measured_sizes(counts: Sequence[FlopCount]) -> str:
+    """Which image sizes the mean covers, the frequent ones by name."""
+    sizes = Counter(size for count in counts for size in count.image_sizes)
+    named = [f"{height}x{width} ({times})" for (height, width), times in sizes.most_common(5)]
+    if len(sizes) > len(named):
+        named.append(f"{len(sizes) - len(named)} more sizes")
+    number = sum(sizes.values())
+    return f"mean over {number} image{'s' * (number > 1)}, height x width {', '.join(named)}"
+
+
+def _uncounted_operators(counts: Sequence[FlopCount]) -> str:
+    """Names of the operators without a cost and how often they ran per measured image."""
+    times: Counter[str] = Counter()
+    for count in counts:
+        times.update(count.uncounted)
+    ordered = sorted((-number / len(counts), name) for name, number in times.items())
+    described = [f"{name.removeprefix('aten::')} x{-number:g}" for number, name in ordered]
+    return ", ".join(described) or "none"

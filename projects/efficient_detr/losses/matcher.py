@@ -1,0 +1,93 @@
+"""Bipartite matching of predictions and ground truth (DETR, equation 1)."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from efficient_detr.boxes import cxcywh_to_xyxy, generalized_iou
+from efficient_detr.structures import SetPrediction, Targets
+
+Matching = list[tuple[Tensor, Tensor]]
+"""For each image the indices of matched queries and of their boxes, both (T,)."""
+
+
+class FocalClassCost(nn.Module):
+    """Cost of a class under the focal loss: loss as a positive minus loss as a negative.
+
+    Args:
+        alpha: weight of positives, in (0, 1).
+        gamma: focusing exponent.
+    """
+
+    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(Q, T) cost of giving each query (logits (Q, K)) each of the labels (T,)."""
+        probability = logits.sigmoid()
+        # 1e-8 inside the logarithm is part of the published matcher.
+        positive = self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-8).log()
+        negative = (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-8).log()
+        return (positive - negative)[:, labels]
+
+
+class HungarianMatcher(nn.Module):
+    """Cheapest one-to-one assignment of boxes to queries, image by image.
+
+    Args:
+        class_cost: cost of a query taking a label.
+        class_weight: factor of the class cost.
+        box_weight: factor of the L1 distance of (cx, cy, w, h).
+        giou_weight: factor of the negative generalised IoU.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_cost: nn.Module,
+        class_weight: float = 2.0,
+        box_weight: float = 5.0,
+        giou_weight: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.class_cost = class_cost
+        self.class_weight = class_weight
+        self.box_weight = box_weight
+        self.giou_weight = giou_weight
+
+    @torch.no_grad()
+    def forward(self, prediction: SetPrediction, targets: list[Targets]) -> Matching:
+        """Match every image of the batch.
+
+        Raises:
+            FloatingPointError: if a prediction is not finite.
+        """
+        matching = []
+        for image, target in enumerate(targets):
+            cost = self.cost(prediction.logits[image], prediction.boxes[image], target)
+            if not cost.isfinite().all():
+                raise FloatingPointError(
+                    f"predictions for image {image} of the batch are not finite: "
+                    "lower the learning rate or clip gradients more tightly"
+                )
+            queries, boxes = linear_sum_assignment(cost.cpu().numpy())
+            device = target.labels.device
+            matching.append(
+                (torch.as_tensor(queries, device=device), torch.as_tensor(boxes, device=device))
+            )
+        return matching
+
+    def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
+        """(Q, T) cost of one image's logits (Q, K) and boxes (Q, 4)."""
+        giou = generalized_iou(
+            cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None]
+        )
+        return (
+            self.class_weight * self.class_cost(logits, target.labels)
+            + self.box_weight * torch.cdist(boxes, target.boxes, p=1)
+            - self.giou_weight * giou
+        )

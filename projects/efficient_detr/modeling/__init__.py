@@ -1,0 +1,1 @@
+"""The shared detector and the parts that plug into it."""

@@ -1,0 +1,42 @@
+"""Class and box prediction from query or token features."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from efficient_detr.modeling.layers import MLP
+
+
+class PredictionHead(nn.Module):
+    """A linear classifier and a three-layer box regressor.
+
+    Boxes start at their reference: the last box layer is zero. Classes start at probability
+    `prior_probability`, as in focal-loss detectors.
+
+    Args:
+        channels: C.
+        num_classes: K, sigmoid classes without a background class.
+        prior_probability: class probability before training.
+    """
+
+    def __init__(
+        self, *, channels: int, num_classes: int, prior_probability: float = 0.01
+    ) -> None:
+        super().__init__()
+        self.class_layer = nn.Linear(channels, num_classes)
+        prior = -math.log((1 - prior_probability) / prior_probability)
+        nn.init.constant_(self.class_layer.bias, prior)
+        self.box_layers = MLP(sizes=[channels, channels, channels, 4])
+        nn.init.zeros_(self.box_layers.layers[-1].weight)
+        for layer in self.box_layers.layers:
+            nn.init.zeros_(layer.bias)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Class logits (..., K) in float32 of features (..., C)."""
+        return self.class_layer(features).float()
+
+    def regress(self, features: Tensor) -> Tensor:
+        """Box correction (..., 4) in float32, to be added to the logit of a reference box."""
+        return self.box_layers(features).float()

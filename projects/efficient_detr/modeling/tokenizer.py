@@ -1,0 +1,82 @@
+"""Feature maps and the image padding mask -> `FeatureTokens`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficient_detr.structures import FeatureTokens, SpatialShapes
+
+
+class FeatureTokenizer(nn.Module):
+    """Flatten feature maps to tokens with positions, padding and reference points.
+
+    The position of a token is the position embedding of its cell plus a learned embedding of its
+    level (Deformable DETR, section 4.1).
+
+    Args:
+        position_embedding: module from a padding mask (B, H, W) to (B, C, H, W).
+        channels: C.
+        num_levels: L.
+    """
+
+    def __init__(self, *, position_embedding: nn.Module, channels: int, num_levels: int) -> None:
+        super().__init__()
+        self.position_embedding = position_embedding
+        self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
+
+    def forward(self, features: list[Tensor], padding_mask: Tensor) -> FeatureTokens:
+        """Build the token sequence.
+
+        Args:
+            features: maps (B, C, H_l, W_l), finest first.
+            padding_mask: (B, H, W) bool of the input image, True on padding.
+        """
+        shapes = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
+        masks = [resize_mask(padding_mask, shape) for shape in shapes]
+        positions = [
+            self.position_embedding(mask).flatten(2).transpose(1, 2) + embedding
+            for mask, embedding in zip(masks, self.level_embedding, strict=True)
+        ]
+        flat_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        sizes = torch.stack([valid_size(mask) for mask in masks], dim=1)  # (B, L, 2)
+        full = torch.tensor(shapes, device=sizes.device).flip(1)
+        ratios = sizes / full
+        return FeatureTokens(
+            features=torch.cat([f.flatten(2).transpose(1, 2) for f in features], dim=1),
+            positions=torch.cat(positions, dim=1),
+            padding_mask=flat_mask,
+            spatial_shapes=shapes,
+            valid_ratios=ratios,
+            reference_points=_reference_points(shapes, ratios),
+        )
+
+
+def resize_mask(padding_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour resize of a bool mask (B, H, W) to (B, *shape)."""
+    return F.interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5
+
+
+def valid_size(padding_mask: Tensor) -> Tensor:
+    """(B, 2) unpadded (width, height) in cells of a (B, H, W) mask, read off its first row/column."""
+    valid = ~padding_mask
+    return torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).float()
+
+
+def cell_centers(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(H W, 2) centres (x, y) of the cells of a map, in cells: (0.5, 0.5), (1.5, 0.5), ..."""
+    rows = torch.arange(shape[0], dtype=torch.float32, device=device) + 0.5
+    columns = torch.arange(shape[1], dtype=torch.float32, device=device) + 0.5
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def _reference_points(shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
+    """(B, S, L, 2): each token's centre relative to its unpadded level, seen from every level."""
+    points = []
+    for level, shape in enumerate(shapes):
+        full = torch.tensor([shape[1], shape[0]], device=valid_ratios.device)
+        centers = cell_centers(shape, valid_ratios.device)
+        points.append(centers / (valid_ratios[:, None, level] * full))
+    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]
