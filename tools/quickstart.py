@@ -53,6 +53,7 @@ from efficient_detr.visualization import (
 )
 
 CONFIG_FILE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+FINAL_WEIGHTS = "model_final.pth"
 SHOWN_PREDICTIONS = 12
 SHOWN_TOKENS = 5
 USER_ERROR_STATUS = 2
@@ -85,11 +86,11 @@ def quickstart(overrides: Sequence[str]) -> None:
     check_config(cfg)
     generate_with_progress_bar()
     arguments = ["--config-file", str(CONFIG_FILE), *overrides]
-    start = time.perf_counter()
+    start = time.time()
     run(cfg, default_argument_parser().parse_args(arguments))
-    train_seconds = time.perf_counter() - start
-
     output_dir = Path(cfg.train.output_dir)
+    # The final weights are written between the last iteration and the last evaluation.
+    train_seconds = (output_dir / FINAL_WEIGHTS).stat().st_mtime - start
     results_file = output_dir / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8"))
     summary = {**summarize(results, train_seconds), **results}
@@ -117,7 +118,7 @@ def summarize(
 
     Args:
         results: what the evaluation wrote: `bbox` with AP and AP50 from 0 to 100, and `flops`.
-        train_seconds: wall-clock time of the training, with its evaluations.
+        train_seconds: wall-clock time from the start to the final weights.
 
     Returns:
         `AP` and `AP50` from 0 to 1, `gflops` (10^9 multiply-adds an image), `parameters` and
@@ -146,7 +147,7 @@ def draw_pictures(cfg: DictConfig, output_dir: Path) -> list[Path]:
         The pictures.
     """
     model = instantiate(cfg.model).to(torch.device(cfg.train.device)).eval()
-    AtomicCheckpointer(model).load(str(output_dir / "model_final.pth"))
+    AtomicCheckpointer(model).load(str(output_dir / FINAL_WEIGHTS))
     records = {record["image_id"]: record for record in instantiate(cfg.dataloader.test.dataset)}
     batches = instantiate(cfg.dataloader.test)
     inputs = list(itertools.islice(itertools.chain.from_iterable(batches), SHOWN_PREDICTIONS))
@@ -178,17 +179,22 @@ def describe(summary: Mapping[str, Any]) -> str:
         _number(summary["train_seconds"], ".0f"),
     ]
     headers = ["AP", "AP50", "GFLOPs", "parameters", "training (s)"]
-    tables = [tabulate([headline], headers, tablefmt="pipe", disable_numparse=True)]
+    tables = [_table(headers, [headline])]
     prefix = "GFLOPs-"
     stages = [
         [name.removeprefix(prefix), _number(value, ".4f"), _number(value / total, ".1%")]
         for name, value in summary.get("flops", {}).items()
-        if name.startswith(prefix) and total
+        if name.startswith(prefix) and total and value
     ]
     if stages:
-        headers = ["stage", "GFLOPs", "share"]
-        tables.append(tabulate(stages, headers, tablefmt="pipe", disable_numparse=True))
+        tables.append(_table(["stage", "GFLOPs", "share"], stages, first="left"))
     return "\n" + "\n\n".join(tables)
+
+
+def _table(headers: list[str], rows: list[list[str]], first: str = "right") -> str:
+    """Return a table of formatted numbers; `first` aligns the first column."""
+    alignment = [first] + ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
 def _number(value: float | None, form: str) -> str:

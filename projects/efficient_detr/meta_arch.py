@@ -11,6 +11,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from efficient_detr.boxes import xyxy_to_cxcywh
+from efficient_detr.errors import UserError
 from efficient_detr.modeling.detector import Detector
 from efficient_detr.postprocessing import SigmoidTopK
 from efficient_detr.structures import Targets
@@ -74,7 +75,7 @@ class EfficientDETR(nn.Module):
             `{"instances": Instances}` with `pred_boxes` in pixels, `scores` and `pred_classes`.
 
         Raises:
-            ValueError: if a label is not below `num_classes`.
+            UserError: if a label is not in [0, K); it names the image.
         """
         images = self.preprocess(batched_inputs)
         padding_mask = padding_mask_of(images)
@@ -140,9 +141,10 @@ def padding_mask_of(images: ImageList) -> Tensor:
 
 
 def _check_labels(labels: Tensor, num_classes: int, inputs: dict[str, Any]) -> None:
-    if len(labels) and (int(labels.max()) >= num_classes or int(labels.min()) < 0):
-        raise ValueError(
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UserError(
             f"image {inputs.get('file_name', inputs.get('image_id', '?'))} has class "
-            f"{int(labels.max())}, but the model has {num_classes} classes (0 to "
+            f"{int(wrong[0])}, but the model has {num_classes} classes (0 to "
             f"{num_classes - 1}): set model.num_classes to the number of classes of the dataset"
         )

@@ -55,8 +55,7 @@ def to_instances(
     """Detectron2 instances of one image from normalised boxes (N, 4) as (x0, y0, x1, y1)."""
     height, width = image_size
     instances = Instances((height, width))
-    instances.pred_boxes = Boxes(boxes)
-    instances.pred_boxes.scale(scale_x=width, scale_y=height)
+    instances.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
     instances.scores = scores
     instances.pred_classes = classes
     return instances

@@ -211,7 +211,7 @@ class Queries:
         reference_boxes: (B, Q, 4) start boxes (cx, cy, w, h) in [0, 1], without gradient.
         attention_mask: (Q, Q) bool, True where self-attention is blocked, or None.
         proposal: encoder predictions of the selected proposals, or None for learned queries.
-        denoising: layout of the leading denoising queries, or None if there are none.
+        denoising: layout of the leading denoising queries, or None outside training.
     """
 
     content: Tensor

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
 from efficient_detr.engine.trainer import Trainer
 from efficient_detr.errors import NonFiniteLossError
-from torch import Tensor, nn
 
 BATCH = [{"image_id": 7, "file_name": "seven.jpg"}, {"image_id": 9, "file_name": "nine.jpg"}]
 
@@ -123,10 +124,13 @@ def test_state_holds_scaler_seed_and_loader() -> None:
     first = build(Scaled(1.0), amp_dtype=torch.float16, seed=21)
     step(first)
     first.grad_scaler.update(128.0)
-    first.data_loader.seed = 77
+    loader = Batches()
+    loader.seed = 77
+    first.data_loader = loader
     second = build(Scaled(1.0), amp_dtype=torch.float16, seed=1)
     second.load_state_dict(first.state_dict())
     assert second.grad_scaler.get_scale() == 128.0
+    assert isinstance(second.data_loader, Batches)
     assert (second.seed, second.data_loader.seed, second.iter) == (21, 77, 11)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 CLASSES = ("square", "disc", "cross")
 
-CONFIG = '''
+CONFIG = """
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import LazyCall as L
@@ -77,7 +77,7 @@ train = dict(
     log_period=2,
     flops_images=1,
 )
-'''
+"""
 
 
 class TinyDetector(nn.Module):
@@ -138,14 +138,13 @@ def write_split(root: Path, split: str, *, num_images: int = 6) -> None:
     """Write pictures of alternating shape and a COCO file with two boxes each."""
     random = np.random.default_rng(0)
     (root / split).mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(1, num_images + 1):
         width, height = (40, 32) if index % 2 else (32, 40)
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / split / f"{index}.png")
-        images.append(
-            {"id": index, "file_name": f"{index}.png", "width": width, "height": height}
-        )
+        images.append({"id": index, "file_name": f"{index}.png", "width": width, "height": height})
         for number in range(2):
             annotations.append(
                 {

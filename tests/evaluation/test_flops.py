@@ -350,6 +350,22 @@ def test_stages_add_up_and_nested_stages_count_once() -> None:
     assert result.image_sizes == [(10, 8)]
 
 
+def test_modules_whose_output_is_thrown_away_are_counted() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(C, C)
+            self.attention = TorchAttention(need_weights=False, fused=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.layer(tokens)
+            self.attention(tokens)
+            return tokens
+
+    # 10 tokens through 8 x 8 weights, and the attention of the tests above.
+    assert count(Wasteful()).total == 640 + ATTENTION
+
+
 def test_shared_parameters_count_once() -> None:
     model = FakeModel()
     model.detector.neck.requires_grad_(False)

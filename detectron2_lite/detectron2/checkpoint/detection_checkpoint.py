@@ -6,22 +6,15 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
-from torch import nn
-
 from detectron2._absent import absence_message
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
-# All that a pickled dictionary of arrays refers to; numpy.core is the old name of numpy._core.
-_PICKLE_NAMES = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-}
+# All that a pickled dictionary of arrays refers to (numpy.core is the old name of numpy._core).
+_PICKLE_NAMES = {"collections.OrderedDict", "_codecs.encode", "numpy.dtype", "numpy.ndarray"}
+_PICKLE_NAMES |= {"numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -29,11 +22,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core", "numpy._core")
-        if (module, name) not in _PICKLE_NAMES:
-            raise pickle.UnpicklingError(
-                f"The .pkl checkpoint refers to {module}.{name}; only dictionaries of arrays are "
-                "loaded from pickles, since anything else may run code of its own."
-            )
+        if f"{module}.{name}" not in _PICKLE_NAMES:
+            message = f"The .pkl checkpoint holds {module}.{name}, which may run code: not loaded."
+            raise pickle.UnpicklingError(message)
         return super().find_class(module, name)
 
 
@@ -41,15 +32,9 @@ class DetectionCheckpointer(Checkpointer):
     """fvcore's checkpointer, for what detection projects call a checkpoint.
 
     It writes on the main process only. It reads ``.pth`` files, bare state dicts included, and the
-    ``.pkl`` files of Detectron2's model zoo, from every place that PathManager knows. With
-    ``?matching_heuristics=True`` after the name, weights are matched by the ends of their names.
-    Files are read without running code in them.
-
-    Args:
-        model: the model to save and load.
-        save_dir: directory for checkpoints.
-        save_to_disk: whether this process writes; by default the main process does.
-        checkpointables: further objects with ``state_dict`` and ``load_state_dict``.
+    ``.pkl`` files of Detectron2's model zoo, from every place that PathManager knows, and without
+    running code in them. With ``?matching_heuristics=True`` after the name, weights are matched by
+    the ends of their names; another query is a ValueError.
     """
 
     def __init__(
@@ -60,18 +45,12 @@ class DetectionCheckpointer(Checkpointer):
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ) -> None:
-        if save_to_disk is None:
-            save_to_disk = comm.is_main_process()
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
+        super().__init__(model, save_dir, save_to_disk=to_disk, **checkpointables)
         self.path_manager = PathManager
         self._query: dict[str, list[str]] = {}
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint; see :meth:`fvcore.common.checkpoint.Checkpointer.load`.
-
-        Raises:
-            ValueError: the name carries another query than ``matching_heuristics``.
-        """
         logging.getLogger(__name__).info("[DetectionCheckpointer] Loading from %s ...", path)
         if path:
             address = urlparse(path)
@@ -85,7 +64,6 @@ class DetectionCheckpointer(Checkpointer):
                 loaded = _ArrayUnpickler(file, encoding="latin1").load()
             if "model" not in loaded or "__author__" not in loaded:
                 raise ValueError(absence_message(f"Reading the Caffe2 weights in {filename}"))
-            self.logger.info("Reading a file from '%s'", loaded["__author__"])
             return loaded
         loaded = self._torch_load(filename)
         if "model" not in loaded:
@@ -105,10 +83,8 @@ class DetectionCheckpointer(Checkpointer):
             checkpoint["model"] = _match_by_suffix(self.model.state_dict(), checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         # Normalisation comes from the config, so its absence from old files needs no warning.
-        normalisation = {"pixel_mean", "pixel_std"} & dict(self.model.named_buffers()).keys()
-        incompatible.missing_keys[:] = [
-            key for key in incompatible.missing_keys if key not in normalisation
-        ]
+        known = {"pixel_mean", "pixel_std"} & dict(self.model.named_buffers()).keys()
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in known]
         return incompatible
 
 
@@ -117,28 +93,21 @@ def _match_by_suffix(
 ) -> dict[str, torch.Tensor]:
     """Renames each weight to the name in the model that ends in its own.
 
-    Several weights may fit one name in the model, as "conv1.weight" and "res2.conv1.weight" fit
-    "backbone.res2.conv1.weight": the longest is taken. Weights that fit nowhere keep their names.
-
-    Raises:
-        ValueError: one weight is the best for two names in the model.
+    If several weights fit one name in the model, as "conv1.weight" and "res2.conv1.weight" fit
+    "backbone.res2.conv1.weight", the longest is taken; a weight that is the best for two names is a
+    ValueError. Weights that fit nowhere keep their names.
     """
     logger = logging.getLogger(__name__)
     taken: dict[str, str] = {}
     for name in sorted(model_state):
         parts = name.split(".")
-        suffixes = (".".join(parts[start:]) for start in range(len(parts)))
+        suffixes = [".".join(parts[start:]) for start in range(len(parts))]
         key = next((suffix for suffix in suffixes if suffix in weights), None)
-        if key is None:
-            continue
-        if weights[key].shape != model_state[name].shape:
-            shapes = f"{tuple(weights[key].shape)}, not {tuple(model_state[name].shape)}"
-            logger.warning("%s is not loaded into %s: its shape is %s.", key, name, shapes)
+        if key is not None and weights[key].shape != model_state[name].shape:
+            logger.warning("%s is not loaded into %s: their shapes differ.", key, name)
         elif key in taken:
             raise ValueError(f"{key} of the checkpoint fits both {taken[key]} and {name}.")
-        else:
+        elif key is not None:
             taken[key] = name
-    if not taken:
-        logger.warning("No weight of the checkpoint matches the model by name.")
     logger.info("%d of %d weights matched by the ends of their names", len(taken), len(weights))
     return {taken.get(key, key): value for key, value in weights.items()}

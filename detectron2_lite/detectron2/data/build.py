@@ -10,60 +10,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
-from torch.utils import data
-
+from detectron2._absent import absence_message
 from detectron2.utils.comm import get_world_size
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import log_first_n
+from tabulate import tabulate
+from torch.utils import data
 
 from .catalog import DatasetCatalog, MetadataCatalog
 from .common import AspectRatioGroupedDataset, DatasetFromList, MapDataset, ToIterableDataset
 from .detection_utils import check_metadata_consistency
 from .samplers import InferenceSampler, TrainingSampler
 
-__all__ = [
-    "build_batch_data_loader",
-    "build_detection_test_loader",
-    "build_detection_train_loader",
-    "get_detection_dataset_dicts",
-    "print_instances_class_histogram",
-]
+Entries = Sequence[dict[str, Any]]
+Collate = Callable[[list[Any]], Any]
 logger = logging.getLogger(__name__)
 
 
-def filter_images_with_only_crowd_annotations(
-    dataset_dicts: Sequence[dict[str, Any]],
-) -> list[dict[str, Any]]:
+def filter_images_with_only_crowd_annotations(dataset_dicts: Entries) -> list[dict[str, Any]]:
     """The images that have an object which is no crowd."""
-    usable = [
-        entry
-        for entry in dataset_dicts
-        if any(obj.get("iscrowd", 0) == 0 for obj in entry["annotations"])
-    ]
+    usable = [d for d in dataset_dicts if any(not o.get("iscrowd", 0) for o in d["annotations"])]
     removed = len(dataset_dicts) - len(usable)
     logger.info("Left out %d images without usable objects; %d remain", removed, len(usable))
     return usable
 
 
-def print_instances_class_histogram(
-    dataset_dicts: Sequence[dict[str, Any]], class_names: Sequence[str]
-) -> None:
+def print_instances_class_histogram(dataset_dicts: Entries, class_names: Sequence[str]) -> None:
     """Log a table of the number of objects in each class (once for each distinct table)."""
     counts = np.zeros(len(class_names), dtype=int)
-    for entry in dataset_dicts:
-        for obj in entry["annotations"]:
-            if not obj.get("iscrowd", 0):
-                category = obj["category_id"]
-                assert 0 <= category < len(counts), f"category_id {category} of {len(counts)} classes"
-                counts[category] += 1
+    for obj in chain.from_iterable(entry["annotations"] for entry in dataset_dicts):
+        if not obj.get("iscrowd", 0):
+            category = obj["category_id"]
+            assert 0 <= category < len(counts), f"category_id {category} of {len(counts)} classes"
+            counts[category] += 1
     names = [name if len(name) <= 13 else name[:11] + ".." for name in class_names]
-    cells = [*chain.from_iterable(zip(names, counts.tolist())), "total", int(counts.sum())]
-    columns = min(6, 2 * len(class_names))
-    rows = zip_longest(*(cells[start::columns] for start in range(columns)))
-    headers = ["category", "#instances"] * (columns // 2)
-    table = tabulate(rows, headers=headers, tablefmt="pipe", numalign="left", stralign="center")
+    pairs = [*zip(names, counts.tolist(), strict=True), ("total", int(counts.sum()))]
+    table = column_table(pairs, ["category", "#instances"])
     log_first_n(logging.INFO, f"Objects in each of {len(counts)} classes:\n{table}", key="message")
+
+
+def column_table(pairs: Sequence[tuple[Any, Any]], headers: Sequence[str]) -> str:
+    """A table of name and value with up to three pairs in a row."""
+    columns = 2 * min(3, len(pairs))
+    cells = list(chain.from_iterable(pairs))
+    rows = zip_longest(*(cells[start::columns] for start in range(columns)))
+    headers = [*headers] * (columns // 2)
+    return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".3f", numalign="left")
 
 
 def get_detection_dataset_dicts(
@@ -73,34 +65,21 @@ def get_detection_dataset_dicts(
     proposal_files: Sequence[str] | None = None,
     check_consistency: bool = True,
 ) -> Any:
-    """Load registered datasets and join them.
+    """Load one or several registered datasets and join them to a list of images.
 
-    Args:
-        names: one name or several.
-        filter_empty: leave out images without objects other than crowds.
-        min_keypoints: must be 0 here.
-        proposal_files: must be None here.
-        check_consistency: require equal ``thing_classes``, and log how many objects each has.
-
-    Returns:
-        A list of dictionaries, one an image; a torch Dataset where one was registered.
-
-    Raises:
-        AssertionError: a dataset has no images, or none remains.
-        KeyError: a name is not registered.
-        NotImplementedError: keypoints or proposals are asked for.
-        ValueError: the datasets have different classes.
+    A registered torch Dataset is returned as it is. ``filter_empty`` leaves out images without
+    objects other than crowds. ``check_consistency`` requires equal ``thing_classes`` (ValueError)
+    and logs how many objects each has. No images: AssertionError; a name that is not registered:
+    KeyError; keypoints or proposals: NotImplementedError.
     """
     if min_keypoints > 0 or proposal_files is not None:
-        raise NotImplementedError(
-            "keypoints and proposals are not in detectron2_lite; install the real Detectron2"
-        )
+        raise NotImplementedError(absence_message("loading of keypoints and proposals"))
     names = [names] if isinstance(names, str) else names
     assert len(names) > 0, "no dataset is named"
     loaded = [DatasetCatalog.get(name) for name in names]
     if isinstance(loaded[0], data.Dataset):
         return data.ConcatDataset(loaded) if len(loaded) > 1 else loaded[0]
-    for name, entries in zip(names, loaded):
+    for name, entries in zip(names, loaded, strict=True):
         assert len(entries) > 0, f"dataset '{name}' has no images"
     joined = list(chain.from_iterable(loaded))
     if "annotations" in joined[0]:
@@ -120,7 +99,7 @@ def build_batch_data_loader(
     *,
     aspect_ratio_grouping: bool = False,
     num_workers: int = 0,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Collate | None = None,
     drop_last: bool = True,
     single_gpu_batch_size: int | None = None,
     prefetch_factor: int = 2,
@@ -131,25 +110,24 @@ def build_batch_data_loader(
 ) -> Any:
     """Batch a mapped dataset; see :func:`build_detection_train_loader` for the arguments.
 
-    Raises:
-        AssertionError: the batch size cannot be divided among the processes, an iterable dataset
-            has a sampler, or incomplete batches are to be kept with grouping.
-        ValueError: both kinds of batch size are given.
+    AssertionError if the batch size cannot be divided among the processes, an iterable dataset
+    has a sampler, or incomplete batches are to be kept with grouping; ValueError if both kinds of
+    batch size are given.
     """
     if single_gpu_batch_size:
         if total_batch_size:
             raise ValueError("give total_batch_size or single_gpu_batch_size, not both")
         batch_size = single_gpu_batch_size
     else:
-        batch_size, rest = divmod(total_batch_size, get_world_size())
-        assert batch_size > 0 and rest == 0, (
-            f"a total batch size of {total_batch_size} cannot be divided among "
-            f"{get_world_size()} processes"
-        )
+        processes = get_world_size()
+        batch_size = total_batch_size // processes
+        fits = batch_size > 0 and batch_size * processes == total_batch_size
+        assert fits, f"total_batch_size {total_batch_size} is no multiple of {processes} processes"
     if isinstance(dataset, data.IterableDataset):
         assert sampler is None, "an iterable dataset has its own order and takes no sampler"
     else:
-        dataset = ToIterableDataset(dataset, sampler, shard_chunk_size=batch_size)  # type: ignore
+        assert sampler is not None, "a dataset with indices needs a sampler"
+        dataset = ToIterableDataset(dataset, sampler, shard_chunk_size=batch_size)
     if seed is not None:
         kwargs["generator"] = torch.Generator()
         kwargs["generator"].manual_seed(seed)
@@ -161,13 +139,8 @@ def build_batch_data_loader(
         pin_memory=pin_memory,
     )
     if not aspect_ratio_grouping:
-        return data.DataLoader(
-            dataset,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            collate_fn=collate_fn or trivial_batch_collator,
-            **kwargs,
-        )
+        kwargs.update(drop_last=drop_last, collate_fn=collate_fn or trivial_batch_collator)
+        return data.DataLoader(dataset, batch_size=batch_size, **kwargs)
     assert drop_last, "aspect_ratio_grouping never yields incomplete batches"
     singles = data.DataLoader(dataset, collate_fn=operator.itemgetter(0), **kwargs)
     batches = AspectRatioGroupedDataset(singles, batch_size)
@@ -188,7 +161,7 @@ def build_detection_train_loader(
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Collate | None = None,
     **kwargs: Any,
 ) -> Any:
     """An endless loader of training batches.
@@ -208,14 +181,9 @@ def build_detection_train_loader(
     if not isinstance(dataset, data.IterableDataset):
         sampler = TrainingSampler(len(dataset)) if sampler is None else sampler
         assert isinstance(sampler, data.Sampler), f"sampler is a torch Sampler, got {sampler!r}"
+    kwargs.update(aspect_ratio_grouping=aspect_ratio_grouping, num_workers=num_workers)
     return build_batch_data_loader(
-        dataset,
-        sampler,
-        total_batch_size,
-        aspect_ratio_grouping=aspect_ratio_grouping,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        **kwargs,
+        dataset, sampler, total_batch_size, collate_fn=collate_fn, **kwargs
     )
 
 
@@ -226,7 +194,7 @@ def build_detection_test_loader(
     sampler: data.Sampler | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Collate | None = None,
 ) -> data.DataLoader:
     """A loader of every image once, split over processes by :class:`InferenceSampler`.
 
@@ -242,7 +210,6 @@ def build_detection_test_loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        drop_last=False,
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
     )

@@ -11,21 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.utils.serialize import PicklableWrapper
 from torch.utils import data
 from torch.utils.data.sampler import Sampler
 
-from detectron2.utils.serialize import PicklableWrapper
-
-__all__ = ["AspectRatioGroupedDataset", "DatasetFromList", "MapDataset", "ToIterableDataset"]
 logger = logging.getLogger(__name__)
 
 
 class MapDataset(data.Dataset):
     """Another dataset with a function applied to each sample.
 
-    Samples for which the function returns None are skipped: an iterable dataset leaves them out,
-    any other puts a random different sample in their place. Over an iterable dataset the
-    constructor returns an ``IterableDataset``.
+    Where the function returns None, a random different sample is taken. Over an iterable dataset
+    the constructor returns an ``IterableDataset``, which leaves such samples out.
     """
 
     def __new__(cls, dataset: Any, map_func: Callable[[Any], Any]) -> Any:
@@ -68,18 +65,16 @@ class _MapIterableDataset(data.IterableDataset):
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        for sample in map(self._map_func, self._dataset):
-            if sample is not None:
-                yield sample
+        return (s for s in map(self._map_func, self._dataset) if s is not None)
 
 
 class _SerializedList:
     """Pickled elements in one tensor: forked workers share it, since nothing counts references."""
 
     def __init__(self, elements: Sequence[Any]) -> None:
-        pickled = [np.frombuffer(pickle.dumps(entry, -1), dtype=np.uint8) for entry in elements]
-        self._ends = torch.from_numpy(np.cumsum([len(entry) for entry in pickled], dtype=np.int64))
-        self._bytes = torch.from_numpy(np.concatenate(pickled))
+        pickled = [pickle.dumps(element, -1) for element in elements]
+        self._ends = torch.tensor(np.cumsum([len(entry) for entry in pickled], dtype=np.int64))
+        self._bytes = torch.frombuffer(bytearray().join(pickled), dtype=torch.uint8)
         size = len(self._bytes) / 2**20
         logger.info("Serialized %d dataset entries to %.2f MiB", len(pickled), size)
 
@@ -88,7 +83,7 @@ class _SerializedList:
 
     def __getitem__(self, idx: int) -> Any:
         start = 0 if idx == 0 else int(self._ends[idx - 1])
-        return pickle.loads(memoryview(self._bytes[start : int(self._ends[idx])].numpy()))
+        return pickle.loads(self._bytes[start : int(self._ends[idx])].numpy().data)
 
 
 class DatasetFromList(data.Dataset):
@@ -97,14 +92,10 @@ class DatasetFromList(data.Dataset):
     def __init__(
         self, lst: Sequence[Any], copy: bool = True, serialize: bool | Callable[..., Any] = True
     ) -> None:
-        """Wrap ``lst``.
+        """Keep the elements pickled in shared memory (``serialize``), or as they are.
 
-        Args:
-            lst: the elements.
-            copy: return deep copies, so that callers may modify them; serialized elements are
-                fresh objects anyway.
-            serialize: keep the elements pickled in shared memory; a callable turns the list into
-                another container instead.
+        Accesses return fresh objects in the first case, deep copies in the second if ``copy``. A
+        callable ``serialize`` turns the list into another container instead.
         """
         if not (isinstance(serialize, bool) or callable(serialize)):
             raise TypeError(f"serialize is a bool or a callable, got {serialize!r}")
@@ -131,20 +122,13 @@ class ToIterableDataset(data.IterableDataset):
     ) -> None:
         """Combine both.
 
-        Args:
-            dataset: a dataset with indices.
-            sampler: the order.
-            shard_sampler: split the order over the workers of a loader, so that each sample is
-                loaded once.
-            shard_chunk_size: workers take turns after that many samples (the batch size, if each
-                worker makes whole batches).
+        With ``shard_sampler`` the workers of a loader share the order: they take turns after
+        ``shard_chunk_size`` samples (the batch size, if each worker makes whole batches).
         """
         assert not isinstance(dataset, data.IterableDataset), dataset
         assert isinstance(sampler, Sampler), sampler
-        self.dataset = dataset
-        self.sampler = sampler
-        self.shard_sampler = shard_sampler
-        self.shard_chunk_size = shard_chunk_size
+        self.dataset, self.sampler = dataset, sampler
+        self.shard_sampler, self.shard_chunk_size = shard_sampler, shard_chunk_size
 
     def __iter__(self) -> Iterator[Any]:
         worker = data.get_worker_info() if self.shard_sampler else None

@@ -10,70 +10,56 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
-
-__all__ = ["HookBase", "TrainerBase", "SimpleTrainer", "AMPTrainer"]
+from torch import nn
+from torch.nn.parallel import DataParallel
 
 
 class HookBase:
-    """Something to do at fixed points of the training loop; ``self.trainer`` is the trainer.
+    """Something to do at fixed points of the training loop; ``trainer`` is a weak reference.
 
-    Longer work belongs to :meth:`after_step`: :meth:`before_step` counts as part of a step's time.
-    A hook with a state has ``state_dict`` and ``load_state_dict``.
+    Longer work belongs to ``after_step``: ``before_step`` counts as part of a step's time. Hooks
+    with a state have ``state_dict`` and ``load_state_dict``.
     """
 
-    trainer: Any = None  # a weak reference, set by TrainerBase.register_hooks
+    trainer: Any = None
 
-    def before_train(self) -> None:
-        """Called before the first iteration."""
+    def before_train(self) -> None: ...
 
-    def after_train(self) -> None:
-        """Called after the last iteration, also when the training failed."""
+    def after_train(self) -> None: ...  # also when the training failed
 
-    def before_step(self) -> None:
-        """Called before each iteration."""
+    def before_step(self) -> None: ...
 
-    def after_backward(self) -> None:
-        """Called in each iteration between the backward pass and the optimizer's step."""
+    def after_backward(self) -> None: ...  # before the optimizer's step
 
-    def after_step(self) -> None:
-        """Called after each iteration."""
+    def after_step(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to keep; nothing by default."""
         return {}
 
 
 class TrainerBase:
     """A loop with hooks; subclasses say in :meth:`run_step` what an iteration does.
 
-    Attributes:
-        iter: number of the current iteration; ``max_iter`` once the training has succeeded.
-        start_iter: number of the first iteration.
-        max_iter: where the training ends.
-        storage: the EventStorage of the training.
+    ``iter`` is the current iteration, and ``max_iter`` once the training has succeeded; ``storage``
+    is the EventStorage of the training.
     """
 
     max_iter: int
     storage: EventStorage
 
     def __init__(self) -> None:
-        self._hooks: list[HookBase] = []
-        self.iter = 0
-        self.start_iter = 0
+        self._hooks: list[Any] = []
+        self.iter = self.start_iter = 0
 
     def register_hooks(self, hooks: Iterable[HookBase | None]) -> None:
         """Appends hooks, which run in this order; None is left out."""
         for hook in hooks:
-            if hook is None:
-                continue
-            assert isinstance(hook, HookBase), f"{hook!r} is not a HookBase."
-            hook.trainer = weakref.proxy(self)  # the trainer owns the hooks, not the reverse
-            self._hooks.append(hook)
+            if hook is not None:
+                assert isinstance(hook, HookBase), f"{hook!r} is not a HookBase."
+                hook.trainer = weakref.proxy(self)  # the trainer owns its hooks
+                self._hooks.append(hook)
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Runs the iterations from ``start_iter`` up to, not including, ``max_iter``."""
@@ -95,56 +81,45 @@ class TrainerBase:
             finally:
                 self.after_train()
 
-    def before_train(self) -> None:
-        """Runs the hooks."""
+    def _run_hooks(self, moment: str) -> None:
         for hook in self._hooks:
-            hook.before_train()
+            getattr(hook, moment)()
+
+    def before_train(self) -> None:
+        self._run_hooks("before_train")
 
     def after_train(self) -> None:
-        """Runs the hooks."""
         self.storage.iter = self.iter
-        for hook in self._hooks:
-            hook.after_train()
+        self._run_hooks("after_train")
 
     def before_step(self) -> None:
-        """Runs the hooks."""
         self.storage.iter = self.iter
-        for hook in self._hooks:
-            hook.before_step()
+        self._run_hooks("before_step")
 
     def after_backward(self) -> None:
-        """Runs the hooks; for :meth:`run_step` to call."""
-        for hook in self._hooks:
-            hook.after_backward()
+        """For :meth:`run_step` to call."""
+        self._run_hooks("after_backward")
 
     def after_step(self) -> None:
-        """Runs the hooks."""
-        for hook in self._hooks:
-            hook.after_step()
+        self._run_hooks("after_step")
 
     def run_step(self) -> None:
-        """One iteration."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration, and the states of the hooks by the names of their classes."""
-        states: dict[str, Any] = {}
-        for hook in self._hooks:
-            state = hook.state_dict()
-            if state:
-                states.setdefault(type(hook).__qualname__, state)
+        states = {type(hook).__qualname__: hook.state_dict() for hook in reversed(self._hooks)}
+        states = {name: state for name, state in states.items() if state}
         return {"iteration": self.iter, **({"hooks": states} if states else {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a state; states of hooks that are not registered cause a warning."""
         self.iter = state_dict["iteration"]
-        hooks: dict[str, Any] = {type(hook).__qualname__: hook for hook in reversed(self._hooks)}
+        hooks = {type(hook).__qualname__: hook for hook in reversed(self._hooks)}
         for name, state in state_dict.get("hooks", {}).items():
             if name in hooks:
                 hooks[name].load_state_dict(state)
             else:
-                logger = logging.getLogger(__name__)
-                logger.warning("Cannot find the hook '%s', its state_dict is ignored.", name)
+                logging.getLogger(__name__).warning("No hook takes the state of '%s'.", name)
 
 
 class SimpleTrainer(TrainerBase):
@@ -177,11 +152,9 @@ class SimpleTrainer(TrainerBase):
         self.gather_metric_period = gather_metric_period
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
-        # A single worker keeps the order of the metrics.
-        self.concurrent_executor = ThreadPoolExecutor(max_workers=1)
+        self.concurrent_executor = ThreadPoolExecutor(max_workers=1)  # one keeps the order
 
     def run_step(self) -> None:
-        """Loads data, computes the losses, and updates the model."""
         assert self.model.training, f"[{type(self).__name__}] model was changed to eval mode!"
         start = time.perf_counter()
         data = next(self._data_loader_iter)
@@ -198,9 +171,8 @@ class SimpleTrainer(TrainerBase):
         self._backward(losses)
         self.after_backward()
         if self.async_write_metrics:
-            self.concurrent_executor.submit(
-                self._write_metrics, loss_dict, data_time, iter=self.iter
-            )
+            arguments = (loss_dict, data_time, "", self.iter)
+            self.concurrent_executor.submit(self._write_metrics, *arguments)
         else:
             self._write_metrics(loss_dict, data_time)
         self._update_model()
@@ -228,28 +200,26 @@ class SimpleTrainer(TrainerBase):
 
     def _write_metrics(
         self,
-        loss_dict: Mapping[str, torch.Tensor],
+        loss_dict: Mapping[str, Any],
         data_time: float,
         prefix: str = "",
         iter: int | None = None,
     ) -> None:
         iteration = self.iter if iter is None else iter
-        if (iteration + 1) % self.gather_metric_period != 0:
-            return
-        try:
-            SimpleTrainer.write_metrics(loss_dict, data_time, iteration, prefix)
-        except Exception:  # a thread would keep it to itself
-            logging.getLogger(__name__).exception("Exception in writing metrics: ")
-            raise
+        if (iteration + 1) % self.gather_metric_period == 0:
+            try:
+                SimpleTrainer.write_metrics(loss_dict, data_time, iteration, prefix)
+            except Exception:  # a thread would keep it to itself
+                logging.getLogger(__name__).exception("Exception in writing metrics: ")
+                raise
 
     @staticmethod
     def write_metrics(
-        loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
+        loss_dict: Mapping[str, Any], data_time: float, cur_iter: int, prefix: str = ""
     ) -> None:
         """Stores the longest loading time and the means of the losses over all processes.
 
-        Raises:
-            FloatingPointError: the total loss is infinite or NaN (on the main process).
+        FloatingPointError if the total loss is infinite or NaN (on the main process).
         """
         storage = get_event_storage()
         storage.put_scalar("rank_data_time", data_time, cur_iter=cur_iter)
@@ -262,35 +232,28 @@ class SimpleTrainer(TrainerBase):
         total = sum(means.values())
         if not np.isfinite(total):
             raise FloatingPointError(
-                f"Loss became infinite or NaN at iteration={cur_iter}!\nloss_dict = {means}"
+                f"Loss became infinite or NaN at iteration {cur_iter}: {means}"
             )
         storage.put_scalar(f"{prefix}total_loss", total, cur_iter=cur_iter)
         if len(means) > 1:
             storage.put_scalars(cur_iter=cur_iter, **means)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the optimizer."""
         return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over the optimizer too."""
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
     def after_train(self) -> None:
-        """Runs the hooks and ends the thread of the metrics."""
         super().after_train()
         self.concurrent_executor.shutdown(wait=True)
 
 
 class AMPTrainer(SimpleTrainer):
-    """:class:`SimpleTrainer` in mixed precision on CUDA.
+    """SimpleTrainer in the lower ``precision``, on CUDA, with gradient scaling.
 
-    Args:
-        model, data_loader, optimizer: as in SimpleTrainer, and so are the other old names.
-        grad_scaler: scaler of the loss, :class:`torch.amp.GradScaler` by default.
-        precision: the lower precision.
-        log_grad_scaler: whether the scale is stored as "[metric]grad_scaler".
+    ``log_grad_scaler`` stores the scale as "[metric]grad_scaler".
     """
 
     def __init__(
@@ -305,20 +268,17 @@ class AMPTrainer(SimpleTrainer):
         log_grad_scaler: bool = False,
         async_write_metrics: bool = False,
     ) -> None:
-        several = isinstance(model, DistributedDataParallel) and len(model.device_ids or []) > 1
-        assert not several and not isinstance(model, DataParallel), (
-            "AMPTrainer does not support a model on several devices of one process."
+        several = (
+            isinstance(model, DataParallel) or len(getattr(model, "device_ids", None) or []) > 1
         )
-        super().__init__(
-            model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward
-        )
-        self.async_write_metrics = async_write_metrics
-        self.grad_scaler = torch.amp.GradScaler("cuda") if grad_scaler is None else grad_scaler
+        assert not several, "AMPTrainer does not support several devices in one process."
+        period, before = gather_metric_period, zero_grad_before_forward
+        super().__init__(model, data_loader, optimizer, period, before, async_write_metrics)
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler("cuda")
         self.precision = precision
         self.log_grad_scaler = log_grad_scaler
 
     def run_step(self) -> None:
-        """As in SimpleTrainer, under autocast."""
         assert torch.cuda.is_available(), "[AMPTrainer] CUDA is required for AMP training!"
         super().run_step()
 
@@ -335,10 +295,8 @@ class AMPTrainer(SimpleTrainer):
         self.grad_scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Adds the scaler."""
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over the scaler too."""
         super().load_state_dict(state_dict)
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

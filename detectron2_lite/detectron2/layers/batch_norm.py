@@ -61,48 +61,19 @@ class FrozenBatchNorm2d(nn.Module):
     @classmethod
     def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
         """Freeze every (Sync)BatchNorm inside ``module`` in place; a norm itself is replaced."""
-
-        def freeze(norm: nn.Module) -> nn.Module | None:
-            if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                return _copy_statistics(norm, cls(norm.num_features, norm.eps), norm.affine)
-            return None
-
-        return _replace_modules(module, freeze)
-
-    @classmethod
-    def convert_frozenbatchnorm2d_to_batchnorm2d(cls, module: nn.Module) -> nn.Module:
-        """The reverse: every frozen layer becomes a trainable ``nn.BatchNorm2d``."""
-
-        def thaw(norm: nn.Module) -> nn.Module | None:
-            if isinstance(norm, FrozenBatchNorm2d):
-                return _copy_statistics(norm, nn.BatchNorm2d(norm.num_features, norm.eps), True)
-            return None
-
-        return _replace_modules(module, thaw)
-
-
-def _copy_statistics(source: Any, target: Any, affine: bool) -> Any:
-    """Give ``target`` the values of another norm layer and return it."""
-    for name in ("weight", "bias") if affine else ():
-        getattr(target, name).data = getattr(source, name).detach().clone()
-    target.running_mean = source.running_mean.detach().clone()
-    target.running_var = source.running_var.detach().clone()
-    target.num_batches_tracked = source.num_batches_tracked
-    return target
-
-
-def _replace_modules(
-    module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]
-) -> nn.Module:
-    """Put ``replace(child)`` in the place of every child for which it is not None."""
-    replaced = replace(module)
-    if replaced is not None:
-        return replaced
-    for name, child in module.named_children():
-        converted = _replace_modules(child, replace)
-        if converted is not child:
-            module.add_module(name, converted)
-    return module
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            frozen = cls(module.num_features, module.eps)
+            for name in ("weight", "bias") if module.affine else ():
+                setattr(frozen, name, getattr(module, name).detach().clone())
+            assert module.running_mean is not None and module.running_var is not None
+            frozen.running_mean, frozen.running_var = module.running_mean, module.running_var
+            frozen.num_batches_tracked = module.num_batches_tracked
+            return frozen
+        for name, child in module.named_children():
+            converted = cls.convert_frozen_batchnorm(child)
+            if converted is not child:
+                module.add_module(name, converted)
+        return module
 
 
 class LayerNorm(nn.Module):
@@ -126,6 +97,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
+Norm = str | Callable[[int], nn.Module] | None
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -136,18 +108,11 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def get_norm(
-    norm: str | Callable[[int], nn.Module] | None, out_channels: int
-) -> nn.Module | None:
-    """The norm layer for ``out_channels`` channels.
+def get_norm(norm: Norm, out_channels: int) -> nn.Module | None:
+    """The norm layer for ``out_channels`` channels; None for None and the empty string.
 
-    Args:
-        norm: BN, SyncBN, FrozenBN, GN (32 groups), LN, a callable that takes the channels, or an
-            empty string or None for no norm.
-        out_channels: channels of the input.
-
-    Raises:
-        KeyError: an unknown name.
+    ``norm`` is BN, SyncBN, FrozenBN, GN (32 groups), LN, or a callable that takes the channels;
+    other names raise KeyError.
     """
     if norm is None or norm == "":
         return None

@@ -4,18 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from detectron2._absent import absent_name_getter
 from torch import nn
 
-from detectron2._absent import absent_name_getter
-
 __getattr__ = absent_name_getter(__name__)
-
-_NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,  # batch, synchronised batch and instance norms
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-)
+# The first is the base of batch, synchronised batch and instance norms.
+_NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 def get_default_optimizer_params(
@@ -43,32 +37,28 @@ def get_default_optimizer_params(
     Raises:
         ValueError: a factor without ``base_lr``, or two settings for "bias".
     """
-    if base_lr is None and (bias_lr_factor not in (None, 1.0) or lr_factor_func is not None):
+    scales_bias = bias_lr_factor not in (None, 1.0)
+    if base_lr is None and (scales_bias or lr_factor_func is not None):
         raise ValueError("bias_lr_factor and lr_factor_func multiply base_lr, which is not given.")
-    defaults = {"lr": base_lr, "weight_decay": weight_decay}
-    defaults = {key: value for key, value in defaults.items() if value is not None}
-    overrides = dict(overrides or {})
-    for_bias: dict[str, float] = {}
-    if base_lr is not None and bias_lr_factor not in (None, 1.0):
-        for_bias["lr"] = base_lr * bias_lr_factor
+    bias = {"lr": base_lr * bias_lr_factor} if scales_bias else {}  # type: ignore[operator]
     if weight_decay_bias is not None:
-        for_bias["weight_decay"] = weight_decay_bias
-    if for_bias and "bias" in overrides:
+        bias["weight_decay"] = weight_decay_bias
+    if bias and "bias" in (overrides or {}):
         raise ValueError("overrides['bias'] contradicts bias_lr_factor or weight_decay_bias.")
-    if for_bias:
-        overrides["bias"] = for_bias
-
+    overrides = {**(overrides or {}), **({"bias": bias} if bias else {})}
     groups: dict[nn.Parameter, dict[str, Any]] = {}
     for module_name, module in model.named_modules():
+        is_norm = isinstance(module, _NORM_LAYERS)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in groups:
                 continue
-            settings = dict(defaults)
-            if isinstance(module, _NORM_LAYERS) and weight_decay_norm is not None:
-                settings["weight_decay"] = weight_decay_norm
-            if lr_factor_func is not None:
-                settings["lr"] *= lr_factor_func(f"{module_name}.{name}")
-            settings.update(overrides.get(name, {}))
+            lr, decay = base_lr, weight_decay
+            if is_norm and weight_decay_norm is not None:
+                decay = weight_decay_norm
+            if lr is not None and lr_factor_func is not None:
+                lr *= lr_factor_func(f"{module_name}.{name}")
+            settings = {"lr": lr, "weight_decay": decay, **overrides.get(name, {})}
+            settings = {key: value for key, value in settings.items() if value is not None}
             groups[parameter] = {"params": [parameter], **settings}
     return reduce_param_groups(list(groups.values()))
 
@@ -77,12 +67,10 @@ def _expand_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One group per parameter; what comes later overrides what came earlier."""
     expanded: dict[torch.Tensor, dict[str, Any]] = {}
     for group in params:
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         for index, parameter in enumerate(group["params"]):
-            own = expanded.setdefault(parameter, {"params": [parameter]})
-            own.update(settings)
-            if "param_names" in group:
-                own["param_names"] = [group["param_names"][index]]
+            expanded.setdefault(parameter, {}).update(group)
+            for key in group.keys() & {"params", "param_names"}:
+                expanded[parameter][key] = [group[key][index]]
     return list(expanded.values())
 
 
@@ -91,7 +79,7 @@ def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in _expand_param_groups(params):
         lists = {key: group.pop(key) for key in ("params", "param_names") if key in group}
-        target = merged.setdefault(tuple(group.items()), dict(group))
+        target = merged.setdefault(tuple(group.items()), group)
         for key, values in lists.items():
             target.setdefault(key, []).extend(values)
     return list(merged.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @unique
 class BoxMode(IntEnum):
-    """What the numbers of a box mean. Only the two absolute modes can be converted here."""
+    """What the numbers of a box mean. Only the first two modes can be converted here."""
 
     XYXY_ABS = 0  # corners (x0, y0, x1, y1) in pixels
     XYWH_ABS = 1  # top-left corner and size (x0, y0, w, h) in pixels
@@ -23,46 +23,30 @@ class BoxMode(IntEnum):
 
     @staticmethod
     def convert(box: Any, from_mode: BoxMode, to_mode: BoxMode) -> Any:
-        """Express ``box`` in another mode.
+        """Express 4 numbers (list or tuple) or N boxes (array or tensor (N, 4)) in another mode.
 
-        Args:
-            box: 4 numbers in a list or tuple, or an (N, 4) array or tensor; it is never modified.
-            from_mode: the mode of ``box``.
-            to_mode: the wanted mode.
-
-        Returns:
-            The converted box, of the same Python type; ``box`` itself where the modes are equal.
-            Lists and tuples of floats pass through float32.
-
-        Raises:
-            AssertionError: a mode is relative to the image size, or a list has not 4 or 5 entries.
-            NotImplementedError: any other pair of modes.
+        The result is of the same Python type; lists and tuples of floats pass through float32.
+        The input is never modified; it is returned itself where the modes are equal. Relative
+        modes raise AssertionError, other unknown pairs of modes NotImplementedError.
         """
         if from_mode == to_mode:
             return box
+        modes = (from_mode, to_mode)
+        assert not {BoxMode.XYXY_REL, BoxMode.XYWH_REL} & {*modes}, "relative boxes do not convert"
         if isinstance(box, (list, tuple)):
             assert len(box) in (4, 5), f"a box has 4 (rotated: 5) numbers, got {box}"
-            converted = _switch_corner_and_size(torch.tensor(box)[None], from_mode, to_mode)
-            return type(box)(converted.flatten().tolist())
-        if isinstance(box, np.ndarray):
-            tensor = torch.from_numpy(box).clone()
-            return _switch_corner_and_size(tensor, from_mode, to_mode).numpy()
-        return _switch_corner_and_size(box.clone(), from_mode, to_mode)
-
-
-def _switch_corner_and_size(boxes: Tensor, from_mode: BoxMode, to_mode: BoxMode) -> Tensor:
-    """Turn the last two columns of ``boxes`` from a corner into a size, or back, in place."""
-    modes = (from_mode, to_mode)
-    assert not {BoxMode.XYXY_REL, BoxMode.XYWH_REL} & set(modes), "relative box modes do not convert"
-    if modes == (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
-        boxes[:, 2:4] += boxes[:, :2]
-    elif modes == (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        boxes[:, 2:4] -= boxes[:, :2]
-    else:
-        raise NotImplementedError(
-            f"converting boxes from {from_mode!r} to {to_mode!r} is not in detectron2_lite"
-        )
-    return boxes
+            rows = torch.tensor(box)[None]
+        else:
+            rows = torch.from_numpy(box).clone() if isinstance(box, np.ndarray) else box.clone()
+        if modes == (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+            rows[:, 2:4] += rows[:, :2]
+        elif modes == (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+            rows[:, 2:4] -= rows[:, :2]
+        else:
+            raise NotImplementedError(f"{from_mode!r} to {to_mode!r} is not in detectron2_lite")
+        if isinstance(box, (list, tuple)):
+            return type(box)(rows.flatten().tolist())
+        return rows.numpy() if isinstance(box, np.ndarray) else rows
 
 
 class Boxes:
@@ -89,7 +73,7 @@ class Boxes:
         return self.tensor.device
 
     def area(self) -> Tensor:
-        """Areas (N,) in square pixels; negative where a box is inverted in one direction."""
+        """Areas (N,) in square pixels."""
         width, height = (self.tensor[:, 2:] - self.tensor[:, :2]).unbind(1)
         return width * height
 
@@ -98,12 +82,9 @@ class Boxes:
         return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
 
     def clip(self, box_size: tuple[int, int]) -> None:
-        """Move corners outside an image of ``box_size`` (height, width) onto its border.
+        """Move what lies outside an image of (height, width) onto its border.
 
-        ``self.tensor`` is replaced, not written to.
-
-        Raises:
-            AssertionError: a coordinate is infinite or NaN.
+        ``self.tensor`` is replaced, not written to; infinite and NaN raise AssertionError.
         """
         assert torch.isfinite(self.tensor).all(), "cannot clip boxes with infinite or NaN numbers"
         height, width = box_size
@@ -122,13 +103,12 @@ class Boxes:
 
     def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> Tensor:
         """Boolean (N,): which boxes leave an image (height, width) by at most that many pixels."""
-        height, width = box_size
-        limit = self.tensor.new_tensor([width, height]) + boundary_threshold
+        limit = self.tensor.new_tensor(box_size[::-1]) + boundary_threshold
         from_top_left = (self.tensor[:, :2] >= -boundary_threshold).all(dim=1)
         return from_top_left & (self.tensor[:, 2:] < limit).all(dim=1)
 
     def __getitem__(self, item: Any) -> Boxes:
-        """Select boxes by a number, slice, mask (N,) or indices; one box stays a (1, 4) tensor."""
+        """Boxes by number, slice, mask (N,) or indices; a single one stays (1, 4)."""
         rows = self.tensor[item]
         if isinstance(item, int):
             rows = rows[None]

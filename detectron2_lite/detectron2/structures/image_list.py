@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 
 class ImageList:
-    """B images (B, ..., H, W), padded at the bottom and on the right.
+    """B images in ``tensor`` (B, ..., H, W), padded at the bottom and on the right.
 
-    Attributes:
-        tensor: the padded images.
-        image_sizes: (height, width) of each image without padding; while a model is traced by
-            ``torch.jit.trace`` these are tensors (2,), so that the graph does not freeze them.
+    ``image_sizes`` holds their (height, width) without padding; while ``torch.jit.trace`` runs
+    these are tensors (2,), so that the graph does not freeze them.
     """
 
     def __init__(self, tensor: Tensor, image_sizes: list[tuple[int, int]]) -> None:
@@ -47,29 +45,22 @@ class ImageList:
         pad_value: float = 0.0,
         padding_constraints: Mapping[str, int] | None = None,
     ) -> ImageList:
-        """Pad images to the smallest common size.
+        """Pad B images (..., H_i, W_i) with ``pad_value`` to the smallest common size.
 
-        Args:
-            tensors: B images (..., H_i, W_i) with equal leading dimensions.
-            size_divisibility: the padded height and width are multiples of it, where it is above 1.
-            pad_value: the value of padding.
-            padding_constraints: ``square_size`` (side of the padded images, where above 0) and
-                ``size_divisibility`` (has precedence over the argument); see
-                :attr:`~detectron2.modeling.Backbone.padding_constraints`.
+        The padded height and width are multiples of ``size_divisibility`` where that is above 1.
+        ``padding_constraints`` may hold ``square_size``, the side of the padded images, and a
+        ``size_divisibility`` that has precedence (see ``Backbone.padding_constraints``).
         """
         assert isinstance(tensors, (list, tuple)) and len(tensors) > 0
         for image in tensors:
             assert isinstance(image, Tensor), type(image)
             assert image.shape[:-2] == tensors[0].shape[:-2], "images differ in more than size"
         constraints = padding_constraints or {}
+        divisor = constraints.get("size_divisibility", size_divisibility)
         sizes: list[Any] = [tuple(image.shape[-2:]) for image in tensors]
         if torch.jit.is_tracing():
             sizes = [torch.stack(size) for size in sizes]
-        height, width = _padded_size(
-            sizes,
-            constraints.get("size_divisibility", size_divisibility),
-            constraints.get("square_size", 0),
-        )
+        height, width = _padded_size(sizes, divisor, constraints.get("square_size", 0))
         if len(tensors) == 1:
             image = tensors[0]
             padding = [0, width - image.shape[-1], 0, height - image.shape[-2]]
@@ -84,12 +75,10 @@ class ImageList:
 
 def _padded_size(sizes: list[Any], divisor: int, square_size: int) -> list[Any]:
     """Common (height, width): Python ints, or tensors that follow the sizes while tracing."""
+    tracing = torch.jit.is_tracing()
+    largest = (torch.stack(sizes) if tracing else torch.tensor(sizes)).max(0).values
     if square_size > 0:
-        largest = torch.tensor([square_size, square_size])
-    elif torch.jit.is_tracing():
-        largest = torch.stack(sizes).max(0).values
-    else:
-        largest = torch.tensor(sizes).max(0).values
+        largest = torch.full_like(largest, square_size)
     if divisor > 1:
         largest = (largest + (divisor - 1)).div(divisor, rounding_mode="floor") * divisor
-    return list(largest.unbind()) if torch.jit.is_tracing() else largest.tolist()
+    return list(largest.unbind()) if tracing else largest.tolist()

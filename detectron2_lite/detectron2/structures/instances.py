@@ -80,10 +80,7 @@ class Instances:
             if not -len(self) <= item < len(self):
                 raise IndexError(f"object {item} of {len(self)} does not exist")
             item = slice(item, None, len(self))
-        chosen = Instances(self._image_size)
-        for name, value in self._fields.items():
-            chosen.set(name, value[item])
-        return chosen
+        return Instances(self._image_size, **{k: v[item] for k, v in self._fields.items()})
 
     def __len__(self) -> int:
         for value in self._fields.values():
@@ -97,38 +94,31 @@ class Instances:
     def cat(instance_lists: Sequence[Instances]) -> Instances:
         """Join Instances of one image; fields may be tensors, lists or classes with ``cat``.
 
-        Raises:
-            AssertionError: the list is empty or the image sizes differ.
-            ValueError: a field of another type.
+        No Instances or different image sizes raise AssertionError, other fields ValueError.
         """
         assert len(instance_lists) > 0, "there is nothing to join"
         assert all(isinstance(entry, Instances) for entry in instance_lists)
+        first = instance_lists[0]
         if len(instance_lists) == 1:
-            return instance_lists[0]
-        image_size = instance_lists[0].image_size
-        if not isinstance(image_size, torch.Tensor):
-            assert all(entry.image_size == image_size for entry in instance_lists)
-        joined = Instances(image_size)
-        for name in instance_lists[0].get_fields():
-            joined.set(name, _join_field(name, [entry.get(name) for entry in instance_lists]))
+            return first
+        if not isinstance(first.image_size, torch.Tensor):
+            assert all(entry.image_size == first.image_size for entry in instance_lists)
+        joined = Instances(first.image_size)
+        for name, value in first.get_fields().items():
+            parts = [entry.get(name) for entry in instance_lists]
+            if isinstance(value, torch.Tensor):
+                joined.set(name, torch.cat(parts))
+            elif isinstance(value, list):
+                joined.set(name, list(chain.from_iterable(parts)))
+            elif hasattr(type(value), "cat"):
+                joined.set(name, type(value).cat(parts))
+            else:
+                raise ValueError(f"field '{name}' of type {type(value)} cannot be joined")
         return joined
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         fields = ", ".join(f"{name}: {value}" for name, value in self._fields.items())
         return (
             f"{type(self).__name__}(num_instances={len(self)}, image_height={self._image_size[0]}, "
             f"image_width={self._image_size[1]}, fields=[{fields}])"
         )
-
-    __repr__ = __str__
-
-
-def _join_field(name: str, values: list[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(values)
-    if isinstance(first, list):
-        return list(chain.from_iterable(values))
-    if hasattr(type(first), "cat"):
-        return type(first).cat(values)
-    raise ValueError(f"field '{name}' of type {type(first)} cannot be joined")

@@ -1,6 +1,6 @@
 """Counting operations, activations and parameters of detection models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fvcore.nn
@@ -14,14 +14,11 @@ __all__ = ["parameter_count", "parameter_count_table", "FlopCountAnalysis"]
 
 # Not reported as uncounted: elementwise, reducing and sorting operators. Those for which fvcore
 # has a formula (batch_norm) are counted nevertheless.
-_IGNORED_OPS = [
-    "torchvision::nms" if name == "nms" else f"aten::{name}"
-    for name in (
-        "add add_ argmax argsort batch_norm constant_pad_nd div div_ exp log2 max_pool2d meshgrid "
-        "mul mul_ neg nonzero_numpy reciprocal repeat_interleave rsub sigmoid sigmoid_ softmax "
-        "sort sqrt sub nms"
-    ).split()
-]
+_ELEMENTWISE_OPS = """
+    add add_ argmax argsort batch_norm constant_pad_nd div div_ exp log2 max_pool2d meshgrid mul
+    mul_ neg nonzero_numpy reciprocal repeat_interleave rsub sigmoid sigmoid_ softmax sort sqrt sub
+"""
+_IGNORED_OPS = [f"aten::{name}" for name in _ELEMENTWISE_OPS.split()] + ["torchvision::nms"]
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
@@ -46,8 +43,9 @@ class _TracingAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()
-        is_wrapped = isinstance(model, (DistributedDataParallel, DataParallel))
-        self.model = model.module if is_wrapped else model
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        self.model: Callable[..., Any] = model
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.flattened_inputs = tuple(_tensors_in(self.inputs))
 
@@ -100,7 +98,8 @@ def find_unused_parameters(model: nn.Module, inputs: Any) -> list[str]:
     assert model.training, "The model has to be in training mode to return losses."
     model.zero_grad(set_to_none=True)
     losses = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    (sum(losses.values()) if isinstance(losses, dict) else losses).backward()
+    total: Any = sum(losses.values()) if isinstance(losses, dict) else losses
+    total.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     model.zero_grad(set_to_none=True)
     return unused

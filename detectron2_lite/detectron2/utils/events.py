@@ -59,10 +59,10 @@ class EventStorage:
         """Adds a number; the hint says that it is noisy, and has to stay the same."""
         name = self._prefix + name
         cur_iter = self.iter if cur_iter is None else cur_iter
-        self._history[name].update(float(value), cur_iter)
-        self._latest[name] = (float(value), cur_iter)
         known = self._smoothing_hints.setdefault(name, smoothing_hint)
         assert known == smoothing_hint, f"Scalar {name} had another smoothing_hint before."
+        self._history[name].update(float(value), cur_iter)
+        self._latest[name] = (float(value), cur_iter)  # last: a thread may be reading meanwhile
 
     def put_scalars(
         self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: Any
@@ -94,7 +94,7 @@ class EventStorage:
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
         """:meth:`latest`, but medians over the last ``window_size`` iterations if noisy."""
         smoothed = {}
-        for name, (value, iteration) in self._latest.items():
+        for name, (value, iteration) in list(self._latest.items()):
             if self._smoothing_hints[name]:
                 value = self._history[name].median(self.count_samples(name, window_size))
             smoothed[name] = (value, iteration)
@@ -209,7 +209,7 @@ class CommonMetricPrinter(EventWriter):
     def _medians(self, storage: EventStorage, part_of_name: str) -> str:
         return "  ".join(
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
-            for name, history in storage.histories().items()
+            for name, history in list(storage.histories().items())
             if part_of_name in name
         )
 

@@ -37,9 +37,14 @@ class _ColorfulFormatter(logging.Formatter):
 
 @functools.cache  # a second call with the same arguments adds no second handler
 def setup_logger(
-    output: str | None = None, distributed_rank: int = 0, *, color: bool = True,
-    name: str = "detectron2", abbrev_name: str | None = None, enable_propagation: bool = False,
-    configure_stdout: bool = True
+    output: str | None = None,
+    distributed_rank: int = 0,
+    *,
+    color: bool = True,
+    name: str = "detectron2",
+    abbrev_name: str | None = None,
+    enable_propagation: bool = False,
+    configure_stdout: bool = True,
 ) -> logging.Logger:
     """Prepares the logger ``name``, and so all below it, from level DEBUG on.
 
@@ -90,7 +95,7 @@ def _find_caller() -> tuple[str, tuple[str, int, str]]:
 
 
 def log_first_n(
-    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | tuple[str, ...] = "caller"
+    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: Any = "caller"
 ) -> None:
     """Logs the first ``n`` times that the same "caller" or "message" (``key``, or both) comes."""
     module, caller = _find_caller()
@@ -118,5 +123,5 @@ def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = 
 
 def create_small_table(small_dict: dict[str, Any]) -> str:
     """A table of one row under the keys of the dictionary."""
-    style = {"tablefmt": "pipe", "floatfmt": ".3f", "stralign": "center", "numalign": "center"}
+    style: Any = {"tablefmt": "pipe", "floatfmt": ".3f", "stralign": "center", "numalign": "center"}
     return tabulate([list(small_dict.values())], headers=list(small_dict), **style)

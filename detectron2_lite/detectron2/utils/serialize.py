@@ -9,7 +9,7 @@ class PicklableWrapper:
     """Behaves as the wrapped object and pickles it by value."""
 
     def __init__(self, obj: Any) -> None:
-        self._obj = obj._obj if isinstance(obj, PicklableWrapper) else obj
+        self._obj: Any = obj._obj if isinstance(obj, PicklableWrapper) else obj
 
     def __reduce__(self) -> tuple[Any, ...]:
         return cloudpickle.loads, (cloudpickle.dumps(self._obj),)

@@ -105,7 +105,7 @@ class _Glyph:
 
 
 class GlyphSource:
-    """Enlarged masters of scanned digits, ready to be warped to any size.
+    """Scanned digits, warped to any size through an enlarged, smooth master.
 
     Args:
         scans: scanned digits, shape (N, 8, 8), ink from 0 to 16.
@@ -122,8 +122,8 @@ class GlyphSource:
             )
         self.indices = [int(index) for index in indices]
         self.values = {index: int(values[index]) for index in self.indices}
-        self._masters = {index: _enlarge(scans[index]) for index in self.indices}
-        self._outlines = {index: _outline(master) for index, master in self._masters.items()}
+        self._scans = scans
+        self._masters: dict[int, tuple[Mask, NDArray[np.float64]]] = {}
 
     def pick(self, generator: np.random.Generator) -> int:
         """Return the index of a random scan."""
@@ -149,20 +149,26 @@ class GlyphSource:
         Returns:
             The glyph, or None when the sides of its box cannot both be within `digit_side`.
         """
-        outline = self._outlines[index] @ shape.T
+        master, outline = self._master(index)
+        outline = outline @ shape.T
         width, height = np.ptp(outline, axis=0)
         scale = max(longer_side / max(width, height), (digit_side[0] + 1) / min(width, height))
-        canvas = (
-            math.ceil(width * scale) + 4,
-            math.ceil(height * scale) + 4,
-        )  # 2 px on each side for soft edges
+        # Two pixels on each side for the soft edges of the ink.
+        canvas = (math.ceil(width * scale) + 4, math.ceil(height * scale) + 4)
         matrix = np.column_stack([shape * scale, 2 - outline.min(axis=0) * scale])
-        warped = cv2.warpAffine(self._masters[index], matrix, canvas, flags=cv2.INTER_LINEAR)
+        warped = cv2.warpAffine(master, matrix, canvas, flags=cv2.INTER_LINEAR)
         low, high = _INK_EDGE
         mask = np.clip((warped - low) / (high - low), 0, 1).astype(np.float32)
         box = _tight_box(mask)
         within = digit_side[0] <= min(box[2:]) and max(box[2:]) <= digit_side[1]
         return _Glyph(mask, box) if within else None
+
+    def _master(self, index: int) -> tuple[Mask, NDArray[np.float64]]:
+        """Return the master of a scan and its outline, made at first use."""
+        if index not in self._masters:
+            master = _enlarge(self._scans[index])
+            self._masters[index] = master, _outline(master)
+        return self._masters[index]
 
 
 def _enlarge(scan: NDArray[np.floating]) -> Mask:

@@ -81,7 +81,7 @@ class SeededDataset(Dataset[Record]):
         seed: seed of the run.
     """
 
-    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int) -> None:
+    def __init__(self, records: DatasetFromList, mapper: Mapper, seed: int) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed

@@ -14,7 +14,7 @@ import torch
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,7 +49,9 @@ def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
     try:
         config = LazyConfig.load(config_file)
     except (ImportError, SyntaxError, KeyError, OmegaConfBaseException) as error:
-        raise UserError(f"The config file {config_file} cannot be loaded: {_line(error)}") from error
+        raise UserError(
+            f"The config file {config_file} cannot be loaded: {_line(error)}"
+        ) from error
     check_overrides(config, overrides)
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
@@ -69,11 +71,13 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise UserError(
                 f"The override '{text}' is not of the form path.to.key=value: put quotes around "
                 "values with spaces, brackets or commas."
             ) from error
+        if override.is_delete():
+            raise UserError(f"'{text}': keys cannot be deleted; set the key to null instead.")
         if not override.is_add() and not _is_known(config, override.key_or_group.split(".")):
             raise UserError(_unknown_key(config, override.key_or_group))
 
@@ -245,7 +249,7 @@ def _unknown_key(config: DictConfig, key: str) -> str:
 def _all_keys(node: Any, prefix: str) -> Iterator[str]:
     """Dotted keys of the config and the further arguments that its targets take."""
     if isinstance(node, DictConfig):
-        for key in {**dict.fromkeys(node.keys()), **dict.fromkeys(_further_arguments(node))}:
+        for key in dict.fromkeys([*node.keys(), *_further_arguments(node)]):
             yield f"{prefix}{key}"
             yield from _all_keys(_child(node, key), f"{prefix}{key}.")
     elif isinstance(node, ListConfig):
@@ -266,11 +270,12 @@ def _lazy_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _child(node: DictConfig | ListConfig, key: Any) -> Any:
-    """A child as it is written; nothing for interpolations, which are checked where they point."""
+    """A child with keys of its own; interpolations are looked into where they point."""
     child = node._get_node(key) if isinstance(node, ListConfig) or key in node.keys() else None
-    if OmegaConf.is_config(child) and (child._is_interpolation() or child._is_missing()):
+    if not isinstance(child, (DictConfig, ListConfig)):
         return None
-    return None if OmegaConf.is_config(child) and child._is_none() else child
+    open_value = child._is_interpolation() or child._is_missing() or child._is_none()
+    return None if open_value else child
 
 
 def _target(node: DictConfig) -> Callable[..., Any] | None:

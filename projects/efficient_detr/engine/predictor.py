@@ -11,7 +11,7 @@ from detectron2.data import Metadata
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer, VisImage
+from detectron2.utils.visualizer import VisImage, Visualizer
 from omegaconf import DictConfig, OmegaConf
 
 from efficient_detr.data.datasets import class_names, register_files

@@ -79,7 +79,7 @@ def do_train(cfg: DictConfig, args: argparse.Namespace) -> None:
             - ``train.cudnn_benchmark``, ``train.float32_precision``: see Detectron2's
               ``default_setup``
         args: command line; ``args.resume`` continues from the last checkpoint in
-            ``train.output_dir`` with its optimizer, schedule, iteration, random numbers and batches.
+            ``train.output_dir`` with its optimizer, schedule, iteration, random numbers and data.
 
     Raises:
         UserError: for data, weights or losses that make training impossible.
@@ -215,7 +215,9 @@ def _restore(
     if args.resume:
         logger.warning("No checkpoint in %s: training starts at iteration 0.", output_dir)
     elif checkpointer.has_checkpoint():
-        logger.warning("%s holds checkpoints of an earlier run; --resume goes on there.", output_dir)
+        logger.warning(
+            "%s holds checkpoints of an earlier run; --resume goes on there.", output_dir
+        )
     checkpointer.load(cfg.train.init_checkpoint, checkpointables=[])
     return 0
 

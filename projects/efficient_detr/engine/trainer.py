@@ -76,6 +76,11 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
+    def after_train(self) -> None:
+        """Stop the loader's workers, which would go on preparing batches during the evaluation."""
+        self._data_loader_iter_obj = None
+        super().after_train()
+
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks, optimizer, gradient scaler, seed and state of the data loader."""
         state: dict[str, Any] = super().state_dict()
@@ -85,7 +90,7 @@ class Trainer(SimpleTrainer):
             state["data_loader"] = self.data_loader.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved; a scaler of another precision is left out."""
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)

@@ -9,10 +9,10 @@ counting with fvcore alone:
   is running, so a head shared by encoder and decoder is charged to whoever calls it, and stages add
   up;
 - operators that were met but not counted are returned, including those that fvcore and Detectron2
-  hide.
+  hide;
+- a module that runs is counted even if its output is thrown away, which the tracer would drop.
 
-One multiply-add counts as 1 FLOP. The tracer drops what has no influence on the model's output, so
-a branch that is computed and thrown away costs nothing here.
+One multiply-add counts as 1 FLOP.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from efficient_detr.evaluation.flop_handlers import FREE_OPERATORS, FlopHandler,
 OTHER_STAGE = "other"
 """Name of the remainder: what runs or lives outside every stage, such as image normalisation."""
 
-# Detectron2's TracingAdapter, which FlopCountAnalysis puts around the model, holds it under this
-# name.
-_MODEL_IN_ADAPTER = "model"
+# Where the model is inside Detectron2's TracingAdapter (which FlopCountAnalysis makes) and
+# _WitnessedModel: both hold what they wrap under the name "model".
+_PATH_TO_MODEL = ("model", "model")
 
 # The keys of Detectron2's input dictionaries that a model may need for inference.
 _INFERENCE_KEYS = ("image", "height", "width")
@@ -138,7 +138,7 @@ def count_flops(model: nn.Module, batched_inputs: Sequence[Mapping[str, Any]]) -
     model = unwrap(model)
     inputs = [{key: item[key] for key in _INFERENCE_KEYS if key in item} for item in batched_inputs]
     with _undisturbed(model):
-        analysis = FlopCountAnalysis(model, inputs)
+        analysis = FlopCountAnalysis(_WitnessedModel(model), inputs)
         recorder = _Recorder(_stage_scopes(model, analysis))
         # Clearing first also drops Detectron2's list of operators to keep quiet about.
         analysis.clear_op_handles()
@@ -157,6 +157,30 @@ def count_flops(model: nn.Module, batched_inputs: Sequence[Mapping[str, Any]]) -
         uncounted=dict((analysis.unsupported_ops() + recorder.uncounted).most_common()),
         image_sizes=[_image_size(item["image"]) for item in inputs],
     )
+
+
+class _WitnessedModel(nn.Module):
+    """Returns, beside the predictions, an empty tensor derived from each module's output.
+
+    The tracer drops operators whose results reach no output of the graph, although they are paid
+    for (a head after every layer, of which only the last is used). The empty tensors keep them in
+    the graph and no memory alive.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.witnesses: list[Tensor] = []
+        for module in model.modules():
+            module.register_forward_hook(self._witness)
+
+    def forward(self, batched_inputs: Any) -> tuple[Any, list[Tensor]]:
+        self.witnesses = []
+        return self.model(batched_inputs), self.witnesses
+
+    def _witness(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        values = output if isinstance(output, (tuple, list)) else [output]
+        self.witnesses += [value.new_empty(0) for value in values if isinstance(value, Tensor)]
 
 
 @dataclass
@@ -208,7 +232,7 @@ def _stage_scopes(model: nn.Module, analysis: FlopCountAnalysis) -> dict[str, st
 
     A module that is registered in several places runs under the first of its names.
     """
-    path = [_MODEL_IN_ADAPTER]
+    path = [*_PATH_TO_MODEL]
     if isinstance(getattr(model, "detector", None), nn.Module):
         path.append("detector")
     scopes: dict[str, str] = {}
@@ -233,7 +257,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_modules(model: nn.Module) -> Iterator[None]:
-    """Puts training flags back and removes new hooks, which fvcore forgets if tracing fails."""
+    """Puts training flags back and removes new hooks: ours, and fvcore's if tracing fails."""
     modules = list(model.modules())
     training = [module.training for module in modules]
     hooks = [set(_hook_ids(module)) for module in modules]

@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from efficient_detr.boxes import cxcywh_to_xyxy, generalized_iou
+from efficient_detr.errors import NonFiniteLossError
 from efficient_detr.structures import SetPrediction, Targets
 
 Matching = list[tuple[Tensor, Tensor]]
@@ -64,30 +65,31 @@ class HungarianMatcher(nn.Module):
         """Match every image of the batch.
 
         Raises:
-            FloatingPointError: if a prediction is not finite.
+            NonFiniteLossError: if a prediction is not finite.
         """
-        matching = []
-        for image, target in enumerate(targets):
-            cost = self.cost(prediction.logits[image], prediction.boxes[image], target)
-            if not cost.isfinite().all():
-                raise FloatingPointError(
-                    f"predictions for image {image} of the batch are not finite: "
-                    "lower the learning rate or clip gradients more tightly"
-                )
-            queries, boxes = linear_sum_assignment(cost.cpu().numpy())
-            device = target.labels.device
-            matching.append(
-                (torch.as_tensor(queries, device=device), torch.as_tensor(boxes, device=device))
+        cost = self.cost(prediction, targets).cpu()  # one transfer for the whole batch
+        if not cost.isfinite().all():
+            raise NonFiniteLossError(
+                "the predictions are not finite: lower optimizer.lr, or train.clip_max_norm to "
+                "clip gradients harder"
             )
+        matching = []
+        image_costs = cost.split([len(target.labels) for target in targets], dim=2)
+        for image, target in enumerate(targets):
+            pairs = linear_sum_assignment(image_costs[image][image].numpy())
+            queries, boxes = (torch.as_tensor(i, device=target.labels.device) for i in pairs)
+            matching.append((queries, boxes))
         return matching
 
-    def cost(self, logits: Tensor, boxes: Tensor, target: Targets) -> Tensor:
-        """(Q, T) cost of one image's logits (Q, K) and boxes (Q, 4)."""
-        giou = generalized_iou(
-            cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(target.boxes)[None]
-        )
-        return (
-            self.class_weight * self.class_cost(logits, target.labels)
-            + self.box_weight * torch.cdist(boxes, target.boxes, p=1)
+    def cost(self, prediction: SetPrediction, targets: list[Targets]) -> Tensor:
+        """(B, Q, T) cost of each query for each box of the batch, those of other images too."""
+        labels = torch.cat([target.labels for target in targets])
+        wanted = torch.cat([target.boxes for target in targets])
+        logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
+        giou = generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(wanted)[None])
+        cost = (
+            self.class_weight * self.class_cost(logits, labels)
+            + self.box_weight * torch.cdist(boxes, wanted, p=1)
             - self.giou_weight * giou
         )
+        return cost.unflatten(0, prediction.logits.shape[:2])

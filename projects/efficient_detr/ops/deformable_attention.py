@@ -30,7 +30,7 @@ def multi_scale_deformable_attention(
         value: (B, S, H, D) projected tokens of all levels.
         spatial_shapes: (H_l, W_l) of each level, products adding up to S.
         sampling_locations: (B, Q, H, L, P, 2) points (x, y), usually in [0, 1]; a point further
-            than a pixel outside a level contributes nothing.
+            than a pixel outside a level, or one that is not finite, contributes nothing.
         attention_weights: (B, Q, H, L, P), usually adding up to 1 over L and P.
 
     Returns:
@@ -41,10 +41,13 @@ def multi_scale_deformable_attention(
     """
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
     dtype = torch.promote_types(value.dtype, torch.float32)
-    output = sample_by_embedding_bag(
-        value.to(dtype), spatial_shapes, sampling_locations.to(dtype), attention_weights.to(dtype)
-    )
-    return output.to(value.dtype)
+    tensors = (value.to(dtype), sampling_locations.to(dtype), attention_weights.to(dtype))
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # Measured on a CPU: the bag is 1.3 to 2.7 times faster forward, but its backward sorts all
+    # indices, which makes it up to 3 times slower for narrow heads. GPUs have a fast grid_sample.
+    by_bag = value.device.type == "cpu" and not needs_gradient
+    sample = sample_by_embedding_bag if by_bag else sample_by_grid_sample
+    return sample(tensors[0], spatial_shapes, *tensors[1:]).to(value.dtype)
 
 
 def _check_shapes(
@@ -81,7 +84,10 @@ def sample_by_grid_sample(
     """
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
-    grids = (2 * sampling_locations - 1).permute(0, 2, 1, 3, 4, 5).flatten(0, 1)  # (BH,Q,L,P,2)
+    # grid_sample spreads NaN and converts huge numbers to integers, which is undefined. Two sizes
+    # outside, where every level is zero, is as far as a point needs to go.
+    locations = sampling_locations.nan_to_num(nan=-2.0).clamp(-2.0, 3.0)
+    grids = (2 * locations - 1).permute(0, 2, 1, 3, 4, 5).flatten(0, 1)  # (BH, Q, L, P, 2)
     weights = attention_weights.permute(0, 2, 1, 3, 4).flatten(0, 1)  # (BH, Q, L, P)
     maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (BH, D, S)
     output = value.new_zeros(batch * heads, channels, queries)
@@ -106,8 +112,8 @@ def sample_by_embedding_bag(
 ) -> Tensor:
     """The op as one weighted bag of 4 L P rows of `value` for each query and head.
 
-    Two to three times faster than `sample_by_grid_sample` on a CPU and far smaller in memory:
-    nothing of shape (B, Q, H, L, P, D) exists. Arguments and result as there.
+    Faster forward than `sample_by_grid_sample` on a CPU and far smaller in memory: nothing of shape
+    (B, Q, H, L, P, D) exists. Arguments and result as there.
     """
     batch, tokens, heads, channels = value.shape
     queries = sampling_locations.shape[1]
@@ -124,9 +130,9 @@ def sample_by_embedding_bag(
     head = torch.arange(heads, device=value.device)[None, None, :, None, None, None]
     rows = ((index + starts) + images * tokens) * heads + head
     output = F.embedding_bag(
-        rows.reshape(batch * queries * heads, -1),
+        rows.flatten(0, 2).flatten(1),
         value.reshape(batch * tokens * heads, channels),
-        per_sample_weights=weights.reshape(batch * queries * heads, -1),
+        per_sample_weights=weights.flatten(0, 2).flatten(1),
         mode="sum",
     )
     return output.reshape(batch, queries, heads * channels)

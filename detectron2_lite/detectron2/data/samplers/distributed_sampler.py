@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data.sampler import Sampler
-
-from detectron2.utils import comm
 
 
 class _EndlessSampler(Sampler[int]):
@@ -21,8 +20,7 @@ class _EndlessSampler(Sampler[int]):
     def __init__(self, shuffle: bool, seed: int | None) -> None:
         self._shuffle = shuffle
         self._seed = int(comm.shared_random_seed() if seed is None else seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
 
     def _epoch(self, generator: torch.Generator) -> Tensor:
         """Indices of one epoch before shuffling."""
@@ -45,16 +43,9 @@ class TrainingSampler(_EndlessSampler):
     """Endless shuffled indices 0 ... size - 1."""
 
     def __init__(self, size: int, shuffle: bool = True, seed: int | None = None) -> None:
-        """Set up the stream.
+        """``seed`` is equal in all processes; None draws one that they share.
 
-        Args:
-            size: number of samples.
-            shuffle: otherwise every epoch is in order.
-            seed: equal in all processes; None draws one that they share.
-
-        Raises:
-            TypeError: ``size`` is not an int.
-            ValueError: ``size`` is not positive.
+        TypeError if ``size`` is no int, ValueError if it is not positive.
         """
         if not isinstance(size, int):
             raise TypeError(f"size of TrainingSampler is an int, got {type(size)}")
@@ -73,13 +64,9 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
     def __init__(
         self, repeat_factors: Tensor, *, shuffle: bool = True, seed: int | None = None
     ) -> None:
-        """Set up the stream.
+        """``repeat_factors`` (samples,): how often each sample comes in an epoch.
 
-        Args:
-            repeat_factors: how often each sample comes in an epoch, (samples,); fractions are
-                rounded up or down at random, anew in each epoch.
-            shuffle: otherwise every epoch is in order.
-            seed: equal in all processes; None draws one that they share.
+        Fractions are rounded up or down at random, anew in each epoch.
         """
         super().__init__(shuffle, seed)
         self._int_part = torch.trunc(repeat_factors)
@@ -89,18 +76,13 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
     def repeat_factors_from_category_frequency(
         dataset_dicts: Sequence[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
     ) -> Tensor:
-        """Repeat factors of images, ``max over classes c of max(1, sqrt(t / f(c)))``.
+        """Factors ``max over classes c of max(1, sqrt(t / f(c)))`` of images, float32 (images,).
 
-        Args:
-            dataset_dicts: images with ``annotations`` that have a ``category_id``.
-            repeat_thresh: t; classes in a smaller fraction f(c) of the images are repeated.
-            sqrt: take the square root, as the paper does (appendix B.2).
-
-        Returns:
-            float32 (images,); 1 for images without objects.
+        f(c) is the fraction of images with class c, t is ``repeat_thresh`` (appendix B.2 of the
+        paper); ``sqrt=False`` leaves out the square root. Images without objects have factor 1.
         """
         present = [{obj["category_id"] for obj in d["annotations"]} for d in dataset_dicts]
-        counts = Counter(category for categories in present for category in categories)
+        counts = Counter(chain.from_iterable(present))
         ratios = {c: repeat_thresh * len(present) / count for c, count in counts.items()}
         factors = {c: max(1.0, math.sqrt(r) if sqrt else r) for c, r in ratios.items()}
         per_image = [max((factors[c] for c in categories), default=1.0) for categories in present]
@@ -116,10 +98,9 @@ class InferenceSampler(Sampler[int]):
     """Every index once: each process gets a contiguous range, the first ones one index more."""
 
     def __init__(self, size: int) -> None:
-        """Split ``size`` samples (at least 1)."""
         assert size > 0, "there is nothing to evaluate: the dataset is empty"
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        share, left = divmod(size, world_size)
+        rank = comm.get_rank()
+        share, left = divmod(size, comm.get_world_size())
         begin = rank * share + min(rank, left)
         self._local_indices = range(begin, begin + share + int(rank < left))
 

@@ -12,22 +12,12 @@ class GroupedBatchSampler(BatchSampler):
     """Collects the indices of another sampler by group and yields each group's full batches."""
 
     def __init__(self, sampler: Sampler[int], group_ids: Sequence[int], batch_size: int) -> None:
-        """Set up the groups.
-
-        Args:
-            sampler: the order of the indices.
-            group_ids: the group of each index.
-            batch_size: indices in a batch.
-
-        Raises:
-            ValueError: ``sampler`` is not a Sampler.
-        """
+        """``group_ids``: the group of each index. Any other than a torch sampler: ValueError."""
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler is a torch.utils.data.Sampler, got {sampler!r}")
-        self.sampler = sampler
+        self.sampler, self.batch_size = sampler, batch_size
         self.group_ids = np.asarray(group_ids)
         assert self.group_ids.ndim == 1, "group_ids is a flat list"
-        self.batch_size = batch_size
         self.buffer_per_group: dict[int, list[int]] = {k: [] for k in set(self.group_ids.tolist())}
 
     def __iter__(self) -> Iterator[list[int]]:

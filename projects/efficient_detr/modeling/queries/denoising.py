@@ -64,8 +64,9 @@ class ContrastiveDenoising(nn.Module):
     def forward(self, queries: Queries, targets: list[Targets]) -> Queries:
         """Put the denoising queries of a batch before its matching queries.
 
-        A batch without any box gets no denoising queries; the label embedding still takes part in
-        the graph, so that every parameter has a gradient.
+        A batch without any box gets a layout of no denoising queries. The label embedding still
+        takes part in the graph, so that every parameter has a gradient, and the denoising losses
+        exist and are zero, so that all processes of a distributed training report the same terms.
 
         Args:
             queries: the matching queries, without attention mask.
@@ -80,7 +81,7 @@ class ContrastiveDenoising(nn.Module):
             content=torch.cat([content, queries.content], dim=1),
             reference_boxes=torch.cat([reference, queries.reference_boxes], dim=1),
             attention_mask=denoising_mask(groups, queries.content),
-            denoising=groups if groups.num_queries else None,
+            denoising=groups,
         )
 
     def layout(self, targets: list[Targets]) -> DenoisingGroups:

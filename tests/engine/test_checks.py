@@ -1,0 +1,208 @@
+"""Each mistake of the user gives one sentence that names it, before anything is built."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog
+from omegaconf import OmegaConf
+
+from efficient_detr.engine.checks import check_config, check_dataset, load_config
+from efficient_detr.errors import UserError
+from tests.engine.tiny import write_project
+
+COMMON = Path(__file__).parents[2] / "configs" / "common"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    return write_project(tmp_path)
+
+
+def sentence(config_file: str, *overrides: str, eval_only: bool = False, num_gpus: int = 0) -> str:
+    """The complaint about a config; it must be a single line."""
+
+    def start() -> None:
+        cfg = load_config(config_file, overrides)
+        check_config(cfg, eval_only=eval_only, num_gpus=num_gpus)
+
+    with pytest.raises(UserError) as caught:
+        start()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_sound_config_passes(config_file: str) -> None:
+    cfg = load_config(config_file, ["train.max_iter=3", "model.width=16"])
+    check_config(cfg)
+    assert cfg.train.max_iter == 3
+    assert cfg.model.width == 16, "an argument of the target, though the config does not set it"
+
+
+@pytest.mark.parametrize("name", ["train", "optim", "schedule", "data/coco_detr"])
+def test_the_common_configs_give_their_targets_known_arguments(name: str) -> None:
+    from efficient_detr.engine.checks import check_arguments
+
+    config = LazyConfig.load(str(COMMON / f"{name}.py"))
+    assert len(config) > 0
+    check_arguments(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.max_itr=3", "'train.max_iter'"),
+        ("max_iter=3", "'train.max_iter'"),
+        ("trian.max_iter=3", "'train.max_iter'"),
+        ("model.num_clases=3", "'model.num_classes'"),
+        ("model.widht=3", "'model.width'"),
+        ("dataloader.train.mapper.augmentations.0.probability=1", "augmentations.0.prob"),
+        ("dataloader.train.mapper.augmentations.7.prob=1", "'dataloader"),
+        ("optimizer.learning_rate=1", "no key 'optimizer.learning_rate'"),
+    ],
+)
+def test_an_unknown_override(config_file: str, override: str, hint: str) -> None:
+    text = sentence(config_file, override)
+    assert f"no key '{override.split('=')[0]}'" in text
+    assert hint in text
+
+
+def test_a_new_key_on_purpose(config_file: str) -> None:
+    cfg = load_config(config_file, ["+train.my_note=hello"])
+    assert cfg.train.my_note == "hello"
+
+
+def test_a_malformed_override(config_file: str) -> None:
+    assert "'train.max_iter'" in sentence(config_file, "train.max_iter")
+
+
+def test_deletion_is_refused(config_file: str) -> None:
+    assert "keys cannot be deleted" in sentence(config_file, "~train.max_iter")
+
+
+def test_an_override_below_a_number(config_file: str) -> None:
+    assert "no key 'train.max_iter.x'" in sentence(config_file, "train.max_iter.x=3")
+
+
+def test_no_config() -> None:
+    assert "--config-file" in sentence("")
+
+
+def test_a_missing_config(tmp_path: Path) -> None:
+    assert "absent.py does not exist" in sentence(str(tmp_path / "absent.py"))
+
+
+def test_a_config_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.txt").write_text("")
+    assert "config.txt must be a .py or .yaml file" in sentence(str(tmp_path / "config.txt"))
+
+
+def test_a_config_with_a_syntax_error(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("model = (")
+    assert "config.py cannot be loaded" in sentence(str(tmp_path / "config.py"))
+
+
+def test_a_config_that_imports_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("from .absent import model")
+    text = sentence(str(tmp_path / "config.py"))
+    assert "config.py cannot be loaded" in text
+    assert "absent.py" in text
+
+
+def test_a_config_without_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("model = dict()\ntrain = dict()")
+    text = sentence(str(tmp_path / "config.py"))
+    assert "lacks dataloader and optimizer and lr_multiplier" in text
+    text = sentence(str(tmp_path / "config.py"), eval_only=True)
+    assert "lacks dataloader:" in text
+
+
+def test_an_argument_that_the_target_does_not_take(config_file: str) -> None:
+    text = sentence(config_file, "+model.widht=3")
+    assert "'model.widht' is unknown: TinyDetector takes no argument 'widht'" in text
+    assert "did you mean 'width'" in text
+
+
+def test_a_target_that_cannot_be_imported(config_file: str) -> None:
+    text = sentence(config_file, "model._target_=tests.engine.tiny.Absent")
+    assert "'tests.engine.tiny.Absent' cannot be imported" in text
+
+
+def test_a_missing_checkpoint(config_file: str) -> None:
+    text = sentence(config_file, "train.init_checkpoint=absent.pth")
+    assert "absent.pth does not exist" in text
+
+
+def test_an_address_is_not_looked_for_on_the_disk(config_file: str) -> None:
+    check_config(load_config(config_file, ["train.init_checkpoint='detectron2://a/b.pkl'"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(config_file: str) -> None:
+    assert "add train.device=cpu" in sentence(config_file, "train.device=cuda")
+
+
+def test_more_gpus_than_there_are(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    text = sentence(config_file, "train.device=cuda", num_gpus=3)
+    assert text == "--num-gpus 3, but this machine has 2: use fewer."
+
+
+def test_an_unknown_precision(config_file: str) -> None:
+    assert "float16 or bfloat16" in sentence(config_file, "train.amp.dtype=half")
+
+
+def test_an_unknown_data_set(config_file: str) -> None:
+    name = "dataloader.test.dataset"
+    text = sentence(
+        config_file,
+        f"{name}.names=coco_2017_vall",
+        f"{name}.json_file=null",
+        f"{name}.image_root=null",
+    )
+    assert "no data set 'coco_2017_vall'; did you mean" in text
+    assert "'coco_2017_val'" in text
+
+
+def test_a_missing_annotation_file(config_file: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").unlink()
+    text = sentence(config_file)
+    assert f"lacks its annotation file {tmp_path}/train.json" in text
+    assert "DETECTRON2_DATASETS" in text
+
+
+def test_a_missing_image_folder(config_file: str, tmp_path: Path) -> None:
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    assert f"lacks its image folder {tmp_path}/val" in sentence(config_file, eval_only=True)
+
+
+def test_evaluation_does_not_need_the_training_set(config_file: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").unlink()
+    check_config(load_config(config_file, []), eval_only=True)
+
+
+def test_the_wrong_number_of_classes(config_file: str) -> None:
+    text = sentence(config_file, "model.num_classes=80")
+    assert "has 3 classes (square, disc, cross), but the model has 80" in text
+    assert "add model.num_classes=3" in text
+
+
+def test_an_annotation_file_of_another_format(config_file: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([1, 2]))
+    assert "is not in COCO format" in sentence(config_file)
+
+
+def test_files_that_are_still_to_be_given() -> None:
+    config = LazyConfig.load(str(COMMON / "data" / "custom_detr.py"))
+    with pytest.raises(UserError, match=r"dataloader\.train\.dataset\.json_file is not set"):
+        check_dataset(config, "train")
+
+
+def test_a_data_set_without_a_name_is_left_alone() -> None:
+    config = OmegaConf.create({"dataloader": {"train": {"dataset": {"anything": 1}}}})
+    known = set(DatasetCatalog.list())
+    check_dataset(config, "train")
+    assert set(DatasetCatalog.list()) == known

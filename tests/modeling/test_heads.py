@@ -1,0 +1,39 @@
+"""Class and box prediction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efficient_detr.boxes import inverse_sigmoid
+from efficient_detr.modeling.heads import PredictionHead
+
+
+@pytest.mark.parametrize("num_classes", [1, 91])
+def test_shapes(num_classes: int) -> None:
+    head = PredictionHead(channels=8, num_classes=num_classes)
+    assert head.classify(torch.randn(2, 5, 8)).shape == (2, 5, num_classes)
+    assert head.regress(torch.randn(2, 5, 8)).shape == (2, 5, 4)
+
+
+def test_classes_start_at_the_prior() -> None:
+    """Without features only the bias speaks: sigmoid(-log(99)) = 1/100."""
+    head = PredictionHead(channels=8, num_classes=3)
+    torch.testing.assert_close(head.classify(torch.zeros(1, 8)).sigmoid(), torch.full((1, 3), 0.01))
+    head = PredictionHead(channels=8, num_classes=3, prior_probability=0.2)
+    torch.testing.assert_close(head.classify(torch.zeros(1, 8)).sigmoid(), torch.full((1, 3), 0.2))
+
+
+def test_boxes_start_at_their_reference() -> None:
+    head = PredictionHead(channels=8, num_classes=3)
+    reference = torch.rand(6, 4) * 0.9 + 0.05
+    boxes = (head.regress(torch.randn(6, 8)) + inverse_sigmoid(reference)).sigmoid()
+    torch.testing.assert_close(boxes, reference)
+
+
+def test_predictions_are_float32_under_autocast() -> None:
+    head = PredictionHead(channels=8, num_classes=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = head.class_layer.weight.new_ones(1, 8)
+        assert head.classify(features).dtype is torch.float32
+        assert head.regress(features).dtype is torch.float32

@@ -1,0 +1,103 @@
+"""Tokens of a small padded batch, worked out by hand."""
+
+from __future__ import annotations
+
+import torch
+from tiny_models import padding_mask
+
+from efficient_detr.modeling.position import SinePositionEmbedding
+from efficient_detr.modeling.tokenizer import (
+    FeatureTokenizer,
+    cell_centers,
+    resize_mask,
+    valid_size,
+)
+from efficient_detr.structures import FeatureTokens
+
+SHAPES = [(8, 8), (4, 4), (2, 2), (1, 1)]
+STARTS = [0, 64, 80, 84]  # first token of each level; 85 in all
+
+
+def build_tokens() -> tuple[FeatureTokens, list[torch.Tensor], FeatureTokenizer]:
+    """A batch of 64 x 64 pixels: one full image, and one of 32 rows and 48 columns."""
+    tokenizer = FeatureTokenizer(
+        position_embedding=SinePositionEmbedding(channels=4, offset=-0.5), channels=4, num_levels=4
+    )
+    maps = [torch.randn(2, 4, *shape) for shape in SHAPES]
+    return tokenizer(maps, padding_mask([(64, 64), (32, 48)], (64, 64))), maps, tokenizer
+
+
+def test_features_are_flattened_row_by_row_level_by_level() -> None:
+    tokens, maps, _ = build_tokens()
+    assert tokens.spatial_shapes == SHAPES
+    assert tokens.features.shape == (2, 85, 4)
+    for level, (start, (_, width)) in enumerate(zip(STARTS, SHAPES, strict=True)):
+        row, column = SHAPES[level][0] - 1, 0
+        token = tokens.features[:, start + row * width + column]
+        assert torch.equal(token, maps[level][:, :, row, column])
+        assert torch.equal(tokens.level(level), maps[level])
+
+
+def test_padding_mask_of_each_level() -> None:
+    """A cell takes the value of pixel floor(i * 64 / size).
+
+    Stride 8: 4 rows and 6 columns of the image. Stride 16: rows 0 and 16 are below 32, columns 0,
+    16 and 32 below 48. Stride 32: row 0 only, columns 0 and 32. Stride 64: the one cell is valid.
+    """
+    tokens, _, _ = build_tokens()
+    assert not tokens.padding_mask[0].any()
+    valid = [(4, 6), (2, 3), (1, 2), (1, 1)]
+    masks = tokens.split(tokens.padding_mask)
+    for level, (rows, columns) in enumerate(valid):
+        expected = torch.ones(SHAPES[level], dtype=torch.bool)
+        expected[:rows, :columns] = False
+        assert torch.equal(masks[level][1].unflatten(0, SHAPES[level]), expected)
+
+
+def test_valid_ratios_are_width_then_height() -> None:
+    tokens, _, _ = build_tokens()
+    assert tokens.valid_ratios[0].tolist() == [[1, 1]] * 4
+    assert tokens.valid_ratios[1].tolist() == [[0.75, 0.5], [0.75, 0.5], [1, 0.5], [1, 1]]
+
+
+def test_reference_points() -> None:
+    tokens, _, _ = build_tokens()
+    points = tokens.reference_points
+    assert points.shape == (2, 85, 4, 2)
+    # The full image: the cell centre, the same on every level.
+    expected = torch.tensor([3.5 / 8, 2.5 / 8]).expand(4, 2)
+    torch.testing.assert_close(points[0, 2 * 8 + 3], expected)
+    # The smaller image: the first cell of level 0 is at (0.5 / 6, 0.5 / 4) of the image, which is
+    # that times (valid columns / columns, valid rows / rows) of the padded map of each level.
+    x, y = 0.5 / 6, 0.5 / 4
+    expected = torch.tensor([[0.75 * x, 0.5 * y], [0.75 * x, 0.5 * y], [x, 0.5 * y], [x, y]])
+    torch.testing.assert_close(points[1, 0], expected)
+    # Padding in column 7: at 7.5 / 6 of the image's width, beyond the levels that have no padding.
+    torch.testing.assert_close(points[1, 7, :, 0], 7.5 / 6 * torch.tensor([0.75, 0.75, 1, 1]))
+
+
+def test_positions_are_the_sine_embedding_plus_the_level() -> None:
+    tokens, _, tokenizer = build_tokens()
+    masks = tokens.split(tokens.padding_mask)
+    for level, positions in enumerate(tokens.split(tokens.positions)):
+        mask = masks[level].unflatten(1, SHAPES[level])
+        sine = tokenizer.position_embedding(mask).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(positions, sine + tokenizer.level_embedding[level])
+
+
+def test_resize_mask_takes_the_nearest_pixel_above_and_left() -> None:
+    """5 pixels to 3 cells: pixels 0, floor(5/3) = 1 and floor(10/3) = 3."""
+    mask = torch.tensor([[[False, False, False, True, True]]])
+    assert resize_mask(mask, (1, 3)).tolist() == [[[False, False, True]]]
+    assert resize_mask(mask, (2, 5)).tolist() == [mask[0].tolist() * 2]
+
+
+def test_valid_size_is_width_then_height() -> None:
+    mask = padding_mask([(2, 5), (4, 1)], (4, 6))
+    assert valid_size(mask).tolist() == [[5, 2], [1, 4]]
+
+
+def test_cell_centers() -> None:
+    centers = cell_centers((2, 3), torch.device("cpu"))
+    rows = [[[x + 0.5, y + 0.5] for x in range(3)] for y in range(2)]
+    assert centers.tolist() == rows[0] + rows[1]

@@ -1,0 +1,159 @@
+"""The command ``demo.py`` and the predictor behind it."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+from efficient_detr.engine.checks import load_config
+from efficient_detr.engine.predictor import Predictor, output_paths, picture_files
+from efficient_detr.errors import UserError
+from tests.engine.tiny import TinyDetector, write_project
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    """A config with weights that are sure of class 1."""
+    path = write_project(tmp_path)
+    torch.manual_seed(0)
+    model = TinyDetector(num_classes=3)
+    torch.nn.init.zeros_(model.classes.weight)
+    model.classes.bias.data = torch.tensor([0.0, 4.0, 0.0])
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    return path
+
+
+def run(config_file: str, tmp_path: Path, *arguments: str) -> int:
+    command = ["--config-file", config_file, "--output", str(tmp_path / "out"), *arguments]
+    return demo.main([*command, "--opts", f"train.init_checkpoint={tmp_path}/weights.pth"])
+
+
+def test_boxes_are_drawn(config_file: str, tmp_path: Path) -> None:
+    assert run(config_file, tmp_path, "--input", str(tmp_path / "val")) == 0
+    names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert names == [f"{i}.png" for i in range(1, 7)]
+    drawn = np.asarray(Image.open(tmp_path / "out" / "1.png").convert("RGB"))
+    original = np.asarray(Image.open(tmp_path / "val" / "1.png"))
+    assert drawn.shape[:2] == original.shape[:2]
+    assert (drawn != original).any()
+
+
+def test_above_the_threshold_nothing_is_drawn(
+    config_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The score is e^4 / (e^4 + 2) = 0.965.
+    picture = str(tmp_path / "val" / "1.png")
+    with caplog.at_level(logging.INFO, logger="efficient_detr"):
+        assert run(config_file, tmp_path, "--input", picture, "--confidence-threshold", "0.96") == 0
+        assert run(config_file, tmp_path, "--input", picture, "--confidence-threshold", "0.97") == 0
+    counts = [r.getMessage() for r in caplog.records if "detections" in r.getMessage()]
+    assert "1 detections" in counts[0]
+    assert "0 detections" in counts[1]
+
+
+def test_an_unreadable_picture_is_a_sentence_and_the_others_go_on(
+    config_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no picture")
+    good = str(tmp_path / "val" / "2.png")
+    with caplog.at_level(logging.ERROR, logger="efficient_detr"):
+        assert run(config_file, tmp_path, "--input", str(broken), "absent.jpg", good) == 0
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert errors == [
+        f"{broken} cannot be read as a picture and is left out.",
+        "absent.jpg cannot be read as a picture and is left out.",
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["2.png"]
+
+
+def test_if_all_pictures_fail_the_status_says_so(config_file: str, tmp_path: Path) -> None:
+    assert run(config_file, tmp_path, "--input", "absent.jpg") == 1
+
+
+def test_a_mistake_is_one_line_on_stderr(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run(config_file, tmp_path, "--input", str(empty)) == 2
+    assert capsys.readouterr().err == (
+        f"Error: --input {empty} names no picture: check the folder or pattern.\n"
+    )
+
+
+def test_the_predictor_answers_in_pixels_of_the_given_picture(
+    config_file: str, tmp_path: Path
+) -> None:
+    overrides = [f"train.init_checkpoint={tmp_path}/weights.pth"]
+    predictor = Predictor(load_config(config_file, overrides))
+    image = np.full((50, 100, 3), 128, dtype=np.uint8)
+    instances = predictor(image)
+    assert instances.image_size == (50, 100)
+    box = instances.pred_boxes.tensor[0]
+    # The tiny detector's boxes are 0.4 of the picture wide and high.
+    torch.testing.assert_close(box[2:] - box[:2], torch.tensor([40.0, 20.0]))
+    assert instances.pred_classes.tolist() == [1]
+    assert predictor.metadata.thing_classes == ["square", "disc", "cross"]
+
+
+def test_the_predictor_resizes_as_the_evaluation_does(
+    config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(load_config(config_file, []))
+    seen = []
+
+    def listen(module: torch.nn.Module, inputs: tuple[list[dict[str, torch.Tensor]]]) -> None:
+        seen.append(inputs[0][0]["image"].shape)
+
+    predictor.model.register_forward_pre_hook(listen)
+    predictor(np.zeros((64, 128, 3), dtype=np.uint8))
+    assert seen == [(3, 32, 64)]
+
+
+def test_the_predictor_gives_the_channels_that_the_config_asks_for(config_file: str) -> None:
+    predictor = Predictor(load_config(config_file, ["dataloader.test.mapper.image_format=BGR"]))
+    seen = []
+
+    def listen(module: torch.nn.Module, inputs: tuple[list[dict[str, torch.Tensor]]]) -> None:
+        seen.append(inputs[0][0]["image"].float().mean(dim=(1, 2)).tolist())
+
+    predictor.model.register_forward_pre_hook(listen)
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    image[:, :, 0] = 200  # red
+    predictor(image)
+    assert seen == [[0.0, 0.0, 200.0]]
+
+
+def test_a_demo_needs_no_data_set(config_file: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").rename(tmp_path / f"moved_{split}.json")
+    predictor = Predictor(load_config(config_file, []))
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    assert predictor.draw(image, predictor(image)).get_image().shape == (32, 32, 3)
+
+
+def test_folders_patterns_and_files(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", "notes.txt"):
+        (tmp_path / name).write_text("")
+    expected = [str(tmp_path / name) for name in ("a.PNG", "b.jpg")]
+    assert picture_files([str(tmp_path)]) == expected
+    assert picture_files([str(tmp_path / "*.jpg"), str(tmp_path)]) == expected[::-1]
+    assert picture_files(["absent.jpg"]) == ["absent.jpg"]
+    with pytest.raises(UserError, match="names no picture"):
+        picture_files([str(tmp_path / "*.gif")])
+
+
+def test_output_names(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    paths = output_paths(["x/a.jpg", "y/a.jpg", "z/c.gif"], str(out))
+    assert [Path(path).name for path in paths] == ["a.jpg", "a_2.jpg", "c.png"]
+    (tmp_path / "a.jpg").write_text("")
+    with pytest.raises(UserError, match="would replace"):
+        output_paths([str(tmp_path / "a.jpg")], str(tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        output_paths(["x/a.jpg"], str(tmp_path / "a.jpg"))

@@ -1,0 +1,151 @@
+"""Tiny DINO and Focus-DETR, tokens and targets, for tests that need a model but no weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.position import SinePositionEmbedding
+from efficient_detr.modeling.tokenizer import FeatureTokenizer
+from efficient_detr.structures import FeatureTokens, SpatialShapes, Targets
+
+MODELS = Path(__file__).parents[1] / "configs" / "common" / "models"
+
+SIZES: dict[str, Any] = dict(
+    backbone=None,
+    in_channels=[8, 12, 16],
+    num_classes=5,
+    channels=16,
+    num_heads=2,
+    num_points=2,
+    num_levels=4,
+    hidden_channels=24,
+    num_groups=4,
+    decoder_layers=2,
+    num_queries=12,
+    num_denoising_queries=6,
+    num_detections=20,
+)
+
+
+class PatchBackbone(nn.Module):
+    """Three feature maps at strides 8, 16 and 32 from patches that do not overlap.
+
+    A cell sees its own patch only, so padding cannot leak into the cells of the image.
+    """
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Conv2d(before, after, stride, stride=stride)
+            for before, after, stride in zip([3, *widths[:-1]], widths, [8, 2, 2], strict=True)
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = {}
+        for name, stage in zip(["res3", "res4", "res5"], self.stages, strict=True):
+            images = stage(images).relu()
+            outputs[name] = images
+        return outputs
+
+
+def tiny_config(family: str, **arguments: Any) -> Any:
+    """The LazyConfig of "dino" or "focus_detr" with tiny sizes; the backbone is None."""
+    sizes = {**SIZES, **arguments}
+    if family == "dino":
+        sizes.setdefault("encoder_layers", 2)
+    else:
+        sizes = {"layer_keep_ratios": [1.0, 0.5], "num_object_tokens": 7, **sizes}
+    return LazyConfig.load(str(MODELS / f"{family}.py"), family)(**sizes)
+
+
+def tiny_model(family: str, **arguments: Any) -> EfficientDETR:
+    """A tiny model in training mode, with `PatchBackbone` and weights off their start values.
+
+    Freshly initialised box heads and sampling offsets have zero weights, behind which parameters
+    get no gradient; a little noise on every parameter puts the model somewhere generic.
+    """
+    config = tiny_config(family, **arguments)
+    model: EfficientDETR = instantiate(config)
+    model.detector.backbone = PatchBackbone(list(config.detector.neck.in_channels))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def image_input(
+    height: int, width: int, boxes: list[list[float]] | None = None, labels: list[int] | None = None
+) -> dict[str, Any]:
+    """One of Detectron2's input dicts with random pixels; boxes are (x0, y0, x1, y1) in pixels."""
+    inputs: dict[str, Any] = {
+        "image": torch.randint(0, 256, (3, height, width), dtype=torch.uint8),
+        "file_name": f"{height}x{width}.jpg",
+        "image_id": 7,
+    }
+    if boxes is not None:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+        instances.gt_classes = torch.tensor(labels or [0] * len(boxes), dtype=torch.int64)
+        inputs["instances"] = instances
+    return inputs
+
+
+def targets_of(
+    *images: list[list[float]], labels: list[list[int]] | None = None, size: tuple[int, int] = (64, 96)
+) -> list[Targets]:
+    """Targets from normalised boxes (cx, cy, w, h); labels count up from 0 unless given."""
+    return [
+        Targets(
+            labels=torch.tensor(labels[i] if labels else list(range(len(boxes)))).long(),
+            boxes=torch.tensor(boxes).reshape(-1, 4),
+            image_size=size,
+        )
+        for i, boxes in enumerate(images)
+    ]
+
+
+def padding_mask(sizes: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
+    """(B, H, W) mask of images in the upper left corners of a padded batch."""
+    mask = torch.ones(len(sizes), *padded, dtype=torch.bool)
+    for image_mask, (height, width) in zip(mask, sizes, strict=True):
+        image_mask[:height, :width] = False
+    return mask
+
+
+def random_tokens(
+    shapes: SpatialShapes,
+    *,
+    batch: int = 1,
+    channels: int = 8,
+    sizes: list[tuple[int, int]] | None = None,
+    stride: int = 8,
+) -> FeatureTokens:
+    """Tokens of random maps; `sizes` are the unpadded images, `stride` that of the first level."""
+    padded = (shapes[0][0] * stride, shapes[0][1] * stride)
+    mask = padding_mask(sizes or [padded] * batch, padded)
+    tokenizer = FeatureTokenizer(
+        position_embedding=SinePositionEmbedding(channels=channels),
+        channels=channels,
+        num_levels=len(shapes),
+    )
+    maps = [torch.randn(len(mask), channels, *shape) for shape in shapes]
+    with torch.no_grad():
+        return tokenizer(maps, mask)
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """Sum of the losses."""
+    return torch.stack(list(losses.values())).sum()
+
+
+def logit(probability: float) -> float:
+    """Inverse of the sigmoid."""
+    return math.log(probability / (1 - probability))
