@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from efficient_detr.engine.checks import check_device, check_init_checkpoint, load_config
 from efficient_detr.engine.predictor import Predictor, output_paths, picture_files, save_picture
+from efficient_detr.engine.train import set_up_logging
 from efficient_detr.errors import UserError
 
 logger = logging.getLogger("efficient_detr.demo")
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     setup_logger(name="fvcore")
-    setup_logger(name="efficient_detr")
     setup_logger()
+    set_up_logging()
     try:
         done = _detect(args)
     except UserError as error:

@@ -12,7 +12,6 @@ Data sets are looked for in the folder that the environment variable DETECTRON2_
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -79,7 +78,6 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _report(error: UserError) -> int:
-    logging.getLogger("efficient_detr").debug("The error in full", exc_info=error)
     sys.stderr.write(f"Error: {error}\n")
     return USER_ERROR_STATUS
 

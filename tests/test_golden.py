@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden_models import Fixture, build_model
 from torch import Tensor, nn
 
 from efficient_detr.checkpoint import convert_keys, detrex
@@ -21,6 +20,7 @@ from efficient_detr.losses import SideDistanceForeground
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.queries.denoising import DenoisingNoise
 from efficient_detr.structures import Queries, Targets, gather_tokens
+from tests.golden_models import Fixture, build_model
 
 # Absolute and relative tolerances, as the fixtures suggest them.
 FEATURES, BOXES, PIXELS = 5e-5, 5e-6, 2e-3

@@ -2,17 +2,21 @@
 
 import importlib.util
 import runpy
+from importlib.machinery import ModuleSpec
 
 import detectron2
 import pytest
 
 import efficient_detr
 
+A_MERE_FOLDER = ModuleSpec("detectron2", loader=None, is_package=True)
 
+
+@pytest.mark.parametrize("found", [None, A_MERE_FOLDER])
 def test_import_without_detectron2_names_both_ways_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
+    found: ModuleSpec | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     with pytest.raises(ImportError, match="needs Detectron2") as caught:
         runpy.run_path(str(efficient_detr.__file__))
     assert "facebookresearch/detectron2" in str(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import logit
+from tests.tiny_models import logit
 
 from efficient_detr.postprocessing import SigmoidTopK, to_instances
 from efficient_detr.structures import SetPrediction

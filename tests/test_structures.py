@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import random_tokens
+from tests.tiny_models import random_tokens
 
 from efficient_detr.structures import (
     DecoderOutput,

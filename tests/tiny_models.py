@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from efficient_detr.structures import FeatureTokens, SpatialShapes, Targets
 MODELS = Path(__file__).parents[1] / "configs" / "common" / "models"
 
 SIZES: dict[str, Any] = dict(
-    backbone=None,
     in_channels=[8, 12, 16],
     num_classes=5,
     channels=16,
@@ -57,8 +57,8 @@ class PatchBackbone(nn.Module):
 
 
 def tiny_config(family: str, **arguments: Any) -> Any:
-    """The LazyConfig of "dino" or "focus_detr" with tiny sizes; the backbone is None."""
-    sizes = {**SIZES, **arguments}
+    """The LazyConfig of "dino" or "focus_detr" with tiny sizes and `PatchBackbone`."""
+    sizes = {"backbone": L(PatchBackbone)(widths=[8, 12, 16]), **SIZES, **arguments}
     if family == "dino":
         sizes.setdefault("encoder_layers", 2)
     else:
@@ -67,14 +67,12 @@ def tiny_config(family: str, **arguments: Any) -> Any:
 
 
 def tiny_model(family: str, **arguments: Any) -> EfficientDETR:
-    """A tiny model in training mode, with `PatchBackbone` and weights off their start values.
+    """A tiny model in training mode, with weights off their start values.
 
     Freshly initialised box heads and sampling offsets have zero weights, behind which parameters
     get no gradient; a little noise on every parameter puts the model somewhere generic.
     """
-    config = tiny_config(family, **arguments)
-    model: EfficientDETR = instantiate(config)
-    model.detector.backbone = PatchBackbone(list(config.detector.neck.in_channels))
+    model: EfficientDETR = instantiate(tiny_config(family, **arguments))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

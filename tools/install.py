@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,8 @@ def version(name):
     except importlib.metadata.PackageNotFoundError:
         return None
 found = {name: version(name) for name in ("torch", "torchvision", "detectron2", "efficient_detr")}
-if found["detectron2"] is None and importlib.util.find_spec("detectron2") is not None:
+spec = importlib.util.find_spec("detectron2")
+if found["detectron2"] is None and spec is not None and spec.origin is not None:
     found["detectron2"] = "unknown version"
 found["python"] = ".".join(map(str, sys.version_info[:2]))
 print(json.dumps(found))
@@ -246,8 +248,6 @@ def environment_module() -> str:
 
 def can_import(module: str) -> bool:
     """Whether a module can be imported by the Python that runs this script."""
-    from importlib.util import find_spec
-
     return find_spec(module) is not None
 
 

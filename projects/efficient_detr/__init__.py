@@ -9,7 +9,9 @@ efficient_detr needs Detectron2, which no package registry has. Install one of t
   real: pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2
   lite: pip install ./detectron2_lite   (the subset that comes with efficient_detr)"""
 
-if importlib.util.find_spec("detectron2") is None:
+_spec = importlib.util.find_spec("detectron2")
+# A mere folder of that name, such as a clone of its repository, has no origin.
+if _spec is None or _spec.origin is None:
     raise ImportError(_HOW_TO_INSTALL_DETECTRON2, name="detectron2")
 
 

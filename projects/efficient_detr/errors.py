@@ -22,5 +22,9 @@ class UserError(Exception):
         super().__init__(message)
 
 
+class ConfigError(UserError, ValueError):
+    """A part of the model got an argument that does not fit, alone or with another part."""
+
+
 class NonFiniteLossError(UserError, FloatingPointError):
     """A loss became infinite or NaN during training."""

@@ -40,7 +40,8 @@ def name():
 
 
 def test_images_and_categories_are_sorted(tmp_path, name):
-    file = write(tmp_path / "a.json", [annotation(1, 5, 12), annotation(2, 2, 3), annotation(3, 2, 7)])
+    annotations = [annotation(1, 5, 12), annotation(2, 2, 3), annotation(3, 2, 7)]
+    file = write(tmp_path / "a.json", annotations)
     entries = load_coco_json(file, "images", name)
     assert [entry["image_id"] for entry in entries] == [2, 5, 9]
     assert [obj["category_id"] for obj in entries[0]["annotations"]] == [0, 1]

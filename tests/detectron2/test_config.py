@@ -113,7 +113,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_overrides_follow_hydra_in_place(folder: Path) -> None:
     cfg = LazyConfig.load(str(folder / "top.py"))
-    overrides = ["train.output.steps=[3,4]", "train.new.depth=1.5", "train.text='1'", "model.x=null"]
+    overrides = [
+        "train.output.steps=[3,4]",
+        "train.new.depth=1.5",
+        "train.text='1'",
+        "model.x=null",
+    ]
     assert LazyConfig.apply_overrides(cfg, overrides) is cfg
     assert cfg.train.output.steps == [3, 4]
     assert cfg.train.new.depth == 1.5

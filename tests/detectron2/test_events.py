@@ -102,7 +102,10 @@ def test_json_files_are_continued(tmp_path: Path) -> None:
 
 def _printed(caplog: pytest.LogCaptureFixture, max_iter: int | None) -> str:
     logging.getLogger("detectron2").propagate = True
-    with caplog.at_level(logging.INFO, logger="detectron2.utils.events"), EventStorage(9) as storage:
+    with (
+        caplog.at_level(logging.INFO, logger="detectron2.utils.events"),
+        EventStorage(9) as storage,
+    ):
         storage.put_scalars(total_loss=2.0, loss_class=1.25, time=60.0, data_time=0.5, AP=3.0)
         storage.put_scalar("lr", 0.001, smoothing_hint=False)
         storage.put_scalar("[metric]scale", 8.0)

@@ -63,14 +63,15 @@ def test_old_files_without_statistics_load():
 
 
 def test_batch_norms_are_frozen_inside_modules():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3), nn.ReLU()))
+    inner = nn.Sequential(nn.BatchNorm2d(4, eps=1e-3), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), inner)
     model(torch.randn(2, 3, 4, 4))
     model.eval()
     features = torch.randn(1, 3, 4, 4)
     expected = model(features)
     frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
     assert frozen is model
-    assert isinstance(model[1][0], FrozenBatchNorm2d)
+    assert isinstance(inner[0], FrozenBatchNorm2d)
     torch.testing.assert_close(model(features), expected)
     assert isinstance(
         FrozenBatchNorm2d.convert_frozen_batchnorm(nn.BatchNorm2d(4)), FrozenBatchNorm2d
@@ -95,7 +96,9 @@ def test_get_norm():
 
 
 def test_layer_norm_normalises_channels():
-    output = get_norm("LN", 2)(torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1))
+    norm = get_norm("LN", 2)
+    assert norm is not None
+    output = norm(torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1))
     assert output.flatten().tolist() == pytest.approx([-1, 1], abs=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_training_sampler_shuffles_every_epoch_by_seed():
     with pytest.raises(ValueError, match="positive"):
         TrainingSampler(0)
     with pytest.raises(TypeError):
-        TrainingSampler(2.0)
+        TrainingSampler(2.0)  # type: ignore[arg-type]
 
 
 def test_processes_share_one_stream(monkeypatch):
@@ -71,7 +72,7 @@ def test_inference_sampler_visits_everything_once(monkeypatch):
 
 
 def test_rare_classes_are_repeated():
-    images = [
+    images: list[dict[str, Any]] = [
         {"annotations": [{"category_id": 0}]},
         {"annotations": [{"category_id": 0}, {"category_id": 1}, {"category_id": 1}]},
         {"annotations": []},
@@ -89,7 +90,7 @@ def test_grouped_batches():
     sampler = GroupedBatchSampler(SequentialSampler(range(7)), [0, 1, 0, 1, 1, 0, 0], 2)
     assert [*iter(sampler)] == [[0, 2], [1, 3], [5, 6]]
     with pytest.raises(ValueError):  # noqa: PT011
-        GroupedBatchSampler([0, 1], [0, 0], 2)
+        GroupedBatchSampler([0, 1], [0, 0], 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("serialize", [True, False])

@@ -1,5 +1,7 @@
 """ResNet: names, shapes and freezing that configs and checkpoints rely on."""
 
+from typing import Any
+
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -75,8 +77,8 @@ def test_where_the_stride_sits():
 
 
 def test_arguments_of_each_block():
-    arguments = {"in_channels": 8, "out_channels": 16, "bottleneck_channels": 4, "norm": ""}
-    blocks = make_stage(
+    arguments: dict[str, Any] = {"in_channels": 8, "out_channels": 16, "bottleneck_channels": 4, "norm": ""}
+    blocks: list[Any] = make_stage(
         BottleneckBlock, 3, stride_per_block=[2, 1, 1], dilation_per_block=[1, 2, 4], **arguments
     )
     assert [block.stride for block in blocks] == [2, 1, 1]
@@ -118,7 +120,7 @@ def test_custom_backbones_and_registries():
     assert Tiny().size_divisibility == 0
     assert Tiny().padding_constraints == {}
     with pytest.raises(TypeError):
-        Backbone()
+        Backbone()  # type: ignore[abstract]
     for registry in (BACKBONE_REGISTRY, META_ARCH_REGISTRY):
         with pytest.raises(KeyError):
             registry.get("NoSuchModel")

@@ -65,7 +65,7 @@ def test_a_loaded_schedule_goes_on() -> None:
 
 def test_multiplier_is_a_param_scheduler() -> None:
     with pytest.raises(ValueError, match="ParamScheduler"):
-        LRMultiplier(_optimizer(), abs, 10)  # type: ignore[arg-type]
+        LRMultiplier(_optimizer(), abs, 10)
 
 
 class Net(nn.Module):

@@ -29,8 +29,9 @@ def _aliases(tree: ast.AST) -> dict[str, str]:
                     aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.split(".")[0] == "detectron2":
-                    aliases[alias.asname or "detectron2"] = alias.name if alias.asname else "detectron2"
+                package = alias.name.split(".")[0]
+                if package == "detectron2":
+                    aliases[alias.asname or package] = alias.name if alias.asname else package
     return aliases
 
 

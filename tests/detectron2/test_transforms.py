@@ -1,5 +1,7 @@
 """Transforms and augmentations: what they do to images and boxes, and the numbers they draw."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -85,7 +87,8 @@ def test_flip_draws_one_number_and_mirrors_boxes():
 
 
 def test_crop_draws_height_width_top_left():
-    aug_input, crop = augment(T.RandomCrop("absolute_range", (16, 24)), boxes=[[0, 0, 60, 40]], seed=5)
+    random_crop = T.RandomCrop("absolute_range", (16, 24))
+    aug_input, crop = augment(random_crop, boxes=[[0, 0, 60, 40]], seed=5)
     np.random.seed(5)
     height = np.random.randint(16, 25)
     width = np.random.randint(16, 25)
@@ -197,5 +200,6 @@ def test_colour_transforms_move_nothing():
     assert transform.apply_coords(np.array([[1.0, 2.0]])).tolist() == [[1, 2]]
     rotated = T.PILColorTransform(lambda image: image.convert("L")).apply_image(IMAGE)
     assert rotated.shape == (40, 60)
+    not_a_function: Any = "red"
     with pytest.raises(ValueError):  # noqa: PT011
-        T.ColorTransform("red")
+        T.ColorTransform(not_a_function)

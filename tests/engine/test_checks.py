@@ -120,6 +120,14 @@ def test_a_config_without_its_parts(tmp_path: Path) -> None:
     assert "lacks dataloader:" in text
 
 
+def test_a_config_without_an_option_of_training(config_file: str) -> None:
+    path = Path(config_file)
+    path.write_text(path.read_text().replace("clip_max_norm=0.1,", "").replace("log_period=2,", ""))
+    text = sentence(config_file)
+    assert "lacks train.clip_max_norm and train.log_period: import it" in text
+    check_config(load_config(config_file, []), eval_only=True)
+
+
 def test_an_argument_that_the_target_does_not_take(config_file: str) -> None:
     text = sentence(config_file, "+model.widht=3")
     assert "'model.widht' is unknown: TinyDetector takes no argument 'widht'" in text

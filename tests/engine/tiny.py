@@ -26,8 +26,9 @@ from efficient_detr.data.datasets import detection_dataset
 from efficient_detr.data.loader import build_train_loader
 from efficient_detr.data.mapper import DetrDatasetMapper
 from tests.engine.tiny import TinyDetector
+from tests.tiny_models import PatchBackbone, tiny_config
 
-model = L(TinyDetector)(num_classes={num_classes})
+model = {model}
 
 dataloader = OmegaConf.create()
 dataloader.train = L(build_train_loader)(
@@ -78,6 +79,14 @@ train = dict(
     flops_images=1,
 )
 """
+
+
+TINY_DETECTOR = "L(TinyDetector)(num_classes=3)"
+
+# The project's own model. Its backbone takes patches of 32 pixels and more.
+FOCUS_DETR = (
+    'tiny_config("focus_detr", num_classes=3, backbone=L(PatchBackbone)(widths=[8, 12, 16]))'
+)
 
 
 class TinyDetector(nn.Module):
@@ -161,15 +170,13 @@ def write_split(root: Path, split: str, *, num_images: int = 6) -> None:
     (root / f"{split}.json").write_text(json.dumps(content))
 
 
-def write_project(root: Path, *, num_classes: int = len(CLASSES)) -> str:
-    """Write data and config into a folder; return the path of the config.
+def write_project(root: Path, *, model: str = TINY_DETECTOR) -> str:
+    """Write data and config, with the model of this text, into a folder; return the config's path.
 
     The names of the data sets contain the folder's, because Detectron2's catalog is global.
     """
     for split in ("train", "val"):
         write_split(root, split)
     path = root / "config.py"
-    path.write_text(
-        CONFIG.format(root=root.as_posix(), name=f"tiny_{root.name}", num_classes=num_classes)
-    )
+    path.write_text(CONFIG.format(root=root.as_posix(), name=f"tiny_{root.name}", model=model))
     return str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import padding_mask
+from tests.tiny_models import padding_mask
 
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.tokenizer import (

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import is_dataclass
 from types import ModuleType
@@ -152,10 +152,11 @@ class LazyConfig:
                 file.write(text)
             yaml.unsafe_load(text)
         except Exception as error:
-            with PathManager.open(filename + ".pkl", "wb") as file:
+            logger = logging.getLogger(__name__)
+            logger.warning("%s cannot be loaded again (%s).", filename, error)
+            with suppress(Exception), PathManager.open(filename + ".pkl", "wb") as file:
                 cloudpickle.dump(cfg, file)
-            message = "%s cannot be loaded again (%s): the config is pickled at %s.pkl."
-            logging.getLogger(__name__).warning(message, filename, error, filename)
+                logger.warning("Config is saved using cloudpickle at %s.pkl.", filename)
 
     @staticmethod
     def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:

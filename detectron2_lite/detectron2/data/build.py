@@ -1,7 +1,5 @@
 """Loaders for training and evaluation."""
 
-from __future__ import annotations
-
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -164,15 +162,14 @@ def build_detection_train_loader(
     collate_fn: Collate | None = None,
     **kwargs: Any,
 ) -> Any:
-    """An endless loader of training batches.
+    """An endless loader of training batches of ``total_batch_size`` images over all processes.
 
     Args:
         dataset: a list of dictionaries or a torch Dataset.
         mapper: from an entry to a model's input, see ``DatasetMapper``; None keeps entries.
         sampler: the order; default a shuffled :class:`TrainingSampler`. None for iterables.
-        total_batch_size: images in a batch over all processes.
-        aspect_ratio_grouping: batch landscape and portrait images apart (entries need ``width``
-            and ``height``).
+        total_batch_size: a multiple of the number of processes.
+        aspect_ratio_grouping: batch landscape and portrait images apart (by the entries' sizes).
         num_workers: loader processes.
         collate_fn: from a list of inputs to a batch; default keeps the list.
         kwargs: further arguments of :func:`build_batch_data_loader`.

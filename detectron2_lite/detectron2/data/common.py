@@ -1,7 +1,5 @@
 """Datasets made from lists, functions and samplers."""
 
-from __future__ import annotations
-
 import copy as copy_module
 import logging
 import pickle

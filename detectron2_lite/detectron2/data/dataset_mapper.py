@@ -1,7 +1,5 @@
 """From an entry of a dataset to the input of a model."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Sequence

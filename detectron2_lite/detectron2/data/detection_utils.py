@@ -1,7 +1,5 @@
 """Reading images and transforming annotations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,15 +90,16 @@ def transform_instance_annotations(
     """
     if "keypoints" in annotation or isinstance(annotation.get("segmentation"), dict):
         raise NotImplementedError(absence_message("transforming bitmaps and keypoints"))
-    transform = T.TransformList(list(transforms)) if isinstance(transforms, Sequence) else transforms
+    if isinstance(transforms, Sequence):
+        transforms = T.TransformList(list(transforms))
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     height, width = image_size
-    moved = transform.apply_box(np.array([box]))[0]
+    moved = transforms.apply_box(np.array([box]))[0]
     annotation["bbox"] = np.minimum(moved.clip(min=0), [width, height, width, height])
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     if "segmentation" in annotation:
         polygons = [np.asarray(points).reshape(-1, 2) for points in annotation["segmentation"]]
-        polygons = transform.apply_polygons(polygons)
+        polygons = transforms.apply_polygons(polygons)
         annotation["segmentation"] = [points.reshape(-1) for points in polygons]
     return annotation
 
@@ -116,8 +115,8 @@ def annotations_to_instances(
         raise NotImplementedError(absence_message("gt_masks (remove 'segmentation') or keypoints"))
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annos]
     classes = torch.tensor([int(obj["category_id"]) for obj in annos], dtype=torch.int64)
-    boxes = Boxes(np.stack(boxes) if boxes else np.zeros((0, 4)))
-    return Instances(image_size, gt_boxes=boxes, gt_classes=classes)
+    gt_boxes = Boxes(np.stack(boxes) if boxes else np.zeros((0, 4)))
+    return Instances(image_size, gt_boxes=gt_boxes, gt_classes=classes)
 
 
 def filter_empty_instances(

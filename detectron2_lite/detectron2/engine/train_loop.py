@@ -108,8 +108,8 @@ class TrainerBase:
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration, and the states of the hooks by the names of their classes."""
-        states = {type(hook).__qualname__: hook.state_dict() for hook in reversed(self._hooks)}
-        states = {name: state for name, state in states.items() if state}
+        hooks = reversed(self._hooks)  # of hooks of one class, the first counts
+        states = {type(hook).__qualname__: s for hook in hooks if (s := hook.state_dict())}
         return {"iteration": self.iter, **({"hooks": states} if states else {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -227,7 +227,7 @@ class SimpleTrainer(TrainerBase):
         gathered = comm.gather((losses, data_time))
         if not comm.is_main_process():
             return
-        storage.put_scalar("data_time", max(time for _, time in gathered), cur_iter=cur_iter)
+        storage.put_scalar("data_time", max(seconds for _, seconds in gathered), cur_iter=cur_iter)
         means = {name: np.mean([losses[name] for losses, _ in gathered]) for name in losses}
         total = sum(means.values())
         if not np.isfinite(total):

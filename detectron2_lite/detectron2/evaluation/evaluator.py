@@ -1,7 +1,5 @@
 """Running a model over a dataset and handing its outputs to evaluators."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
@@ -10,10 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
-
-from detectron2.utils.comm import get_world_size, is_main_process
+from detectron2.utils.comm import is_main_process
 from detectron2.utils.logger import log_every_n_seconds
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +35,10 @@ class DatasetEvaluators(DatasetEvaluator):
         self._evaluators = evaluators
 
     def reset(self) -> None:
-        """Reset all."""
         for evaluator in self._evaluators:
             evaluator.reset()
 
     def process(self, inputs: Any, outputs: Any) -> None:
-        """Hand a batch to all."""
         for evaluator in self._evaluators:
             evaluator.process(inputs, outputs)
 
@@ -57,34 +52,6 @@ class DatasetEvaluators(DatasetEvaluator):
                 assert not repeated, f"several evaluators return results for {sorted(repeated)}"
                 joined.update(results)
         return joined
-
-
-class _Clock:
-    """Seconds spent in each part of an iteration, since the end of the warm-up."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.warmup = total, min(5, total - 1)
-        self.restart(0)
-
-    def restart(self, iteration: int) -> None:
-        self.first = iteration
-        self.start = self.last = time.perf_counter()
-        self.spent = {"data": 0.0, "inference": 0.0, "evaluation": 0.0}
-
-    def stop(self, part: str) -> None:
-        now = time.perf_counter()
-        self.spent[part] += now - self.last
-        self.last = now
-
-    def report(self, iteration: int) -> None:
-        done = iteration + 1 - self.first
-        per_iteration = {part: seconds / done for part, seconds in self.spent.items()}
-        if iteration >= 2 * self.warmup or per_iteration["inference"] > 5:
-            left = (time.perf_counter() - self.start) / done * (self.total - iteration - 1)
-            parts = ", ".join(f"{part} {seconds:.4f}" for part, seconds in per_iteration.items())
-            eta = timedelta(seconds=int(left))
-            text = f"Inference done {iteration + 1}/{self.total}. s/iter: {parts}. ETA={eta}"
-            log_every_n_seconds(logging.INFO, text, n=5)
 
 
 def inference_on_dataset(
@@ -107,33 +74,46 @@ def inference_on_dataset(
     """
     if evaluator is None or isinstance(evaluator, MutableSequence):
         evaluator = DatasetEvaluators(evaluator or [])
-    hooks = {} if callbacks is None else callbacks
-    logger.info("Start inference on %d batches", len(data_loader))
+    calls = {} if callbacks is None else callbacks
+    total = len(data_loader)
+    warmup = min(5, total - 1)
+    logger.info("Start inference on %d batches", total)
     evaluator.reset()
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             stack.enter_context(inference_context(model))
         stack.enter_context(torch.no_grad())
-        hooks.get("on_start", _nothing)()
-        clock = _Clock(len(data_loader))
+        calls.get("on_start", _nothing)()
+        start, computing = time.perf_counter(), 0.0
         for iteration, inputs in enumerate(data_loader):
-            clock.stop("data")
-            if iteration == clock.warmup:
-                clock.restart(iteration)
-            hooks.get("before_inference", _nothing)()
+            if iteration == warmup:
+                start, computing = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            calls.get("before_inference", _nothing)()
             outputs = model(inputs)
-            hooks.get("after_inference", _nothing)()
+            calls.get("after_inference", _nothing)()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            clock.stop("inference")
+            computing += time.perf_counter() - before
             evaluator.process(inputs, outputs)
-            clock.stop("evaluation")
-            clock.report(iteration)
-        hooks.get("on_end", _nothing)()
-    seconds = (time.perf_counter() - clock.start) / max(1, clock.total - clock.first)
-    logger.info("Inference took %.6f s / iter on each of %d devices", seconds, get_world_size())
+            if iteration >= 2 * warmup or time.perf_counter() - before > 5:
+                done = iteration + 1 - (warmup if iteration >= warmup else 0)
+                _log_progress(iteration, total, computing / done, start, done)
+        calls.get("on_end", _nothing)()
+    each, batches = time.perf_counter() - start, max(1, total - warmup)
+    logger.info(
+        "Inference took %.4f s / batch, the model alone %.4f", each / batches, computing / batches
+    )
     results = evaluator.evaluate()
     return {} if results is None else results
+
+
+def _log_progress(iteration: int, total: int, computing: float, start: float, done: int) -> None:
+    seconds = (time.perf_counter() - start) / done
+    eta = timedelta(seconds=int(seconds * (total - iteration - 1)))
+    speed = f"{seconds:.4f} s / batch, the model alone {computing:.4f}"
+    message = f"Inference done {iteration + 1}/{total}. {speed}. ETA={eta}"
+    log_every_n_seconds(logging.INFO, message, n=5)
 
 
 def _nothing() -> None:

@@ -1,7 +1,5 @@
 """Results as flat dictionaries and as lines to paste into a table."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 
 def print_csv_format(results: Mapping[str, Any]) -> None:
     """Log the metrics of each task as comma-separated values, without those of single classes."""
-    assert isinstance(results, Mapping) or not len(results), results
     logger = logging.getLogger(__name__)
     for task, metrics in results.items():
         if not isinstance(metrics, Mapping):

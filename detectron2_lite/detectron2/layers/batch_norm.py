@@ -1,7 +1,5 @@
 """Normalisation layers of convolutional backbones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The contract between a backbone and what reads its features."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """PyTorch layers under the names that configs use, and a convolution with its norm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From the resolution of the network's input to that of the original image."""
 
-from __future__ import annotations
-
 from detectron2._absent import absence_message
 from detectron2.structures import Instances
 

@@ -1,23 +1,20 @@
 """Colours that are easy to tell apart on photographs."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np
 
-__all__ = ["colormap", "random_color"]
-
 
 def _palette() -> np.ndarray:
-    """74 RGB colours in [0, 1]: hand-picked ones, a lattice, ramps of red, green, blue, greys."""
-    hexadecimal = "0072bd d95319 edb120 7e2f8e 77ac30 4dbeee a2142f 4d4d4d 999999"
-    picked = [np.array(list(bytes.fromhex(code))) / 255 for code in hexadecimal.split()]
+    """74 RGB colours in [0, 1]: hand-picked ones, a lattice, ramps of the primaries, greys."""
+    thousandths = "000447741 850325098 929694125 494184556 466674188 301745933 635078184"
+    codes = [*thousandths.split(), "300300300", "600600600"]
+    picked = [[int(code[start : start + 3]) / 1000 for start in (0, 3, 6)] for code in codes]
     primary = [(1, 0, 0), (1, 0.5, 0), (0.749, 0.749, 0), (0, 1, 0), (0, 0, 1), (0.667, 0, 1)]
     levels = (0, 0.333, 0.667, 1)
-    lattice = [(red, green, 0) for red, green in product(levels[1:], repeat=2)]
-    for blue in (0.5, 1):
-        lattice += [(red, green, blue) for red, green in product(levels, repeat=2)][1:]
+    pairs = list(product(levels, repeat=2))
+    lattice = [(*pair, 0.0) for pair in pairs if min(pair) > 0]
+    lattice += [(*pair, blue) for blue in (0.5, 1.0) for pair in pairs[1:]]
     lattice.pop()  # white comes last
     ramp = (0.167, 0.333, 0.5, 0.667, 0.833, 1)
     ramps = [np.eye(3)[channel] * level for channel in range(3) for level in ramp][1:]

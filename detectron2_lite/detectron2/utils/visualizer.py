@@ -1,7 +1,5 @@
 """Drawing boxes, labels and masks on images with matplotlib."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Mapping, Sequence
 from enum import Enum, unique
@@ -11,17 +9,13 @@ import cv2
 import matplotlib.colors as mplc
 import numpy as np
 import pycocotools.mask as mask_util
-import torch
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
-from detectron2.data import MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
-
 from .colormap import random_color
-
-__all__ = ["ColorMode", "VisImage", "Visualizer"]
 
 
 @unique
@@ -44,8 +38,8 @@ class VisImage:
         self.fig = Figure(frameon=False)
         self.dpi = self.fig.get_dpi()
         # matplotlib rounds sizes down: a hundredth of a pixel keeps the last row and column
-        size = ((side * scale + 1e-2) / self.dpi for side in (self.width, self.height))
-        self.fig.set_size_inches(*size)
+        width, height = ((side * scale + 1e-2) / self.dpi for side in (self.width, self.height))
+        self.fig.set_size_inches(width, height)
         self.canvas = FigureCanvasAgg(self.fig)
         self.ax = self.fig.add_axes((0.0, 0.0, 1.0, 1.0))
         self.ax.axis("off")
@@ -77,14 +71,10 @@ class Visualizer:
         instance_mode: ColorMode = ColorMode.IMAGE,
         font_size_scale: float = 1.0,
     ) -> None:
-        """Start a drawing.
+        """Start from an RGB image (H, W, 3) in 0 ... 255.
 
-        Args:
-            img_rgb: RGB (H, W, 3) in 0 ... 255.
-            metadata: of the dataset, for ``thing_classes`` and ``thing_colors``.
-            scale: size of the drawing relative to the image.
-            instance_mode: see :class:`ColorMode`.
-            font_size_scale: enlarges all text.
+        ``metadata`` of the dataset give ``thing_classes`` and ``thing_colors``; ``scale`` is the
+        size of the drawing relative to the image.
         """
         self.img = np.asarray(img_rgb).clip(0, 255).astype(np.uint8)
         self.metadata = MetadataCatalog.get("__nonexist__") if metadata is None else metadata
@@ -93,27 +83,21 @@ class Visualizer:
         self._default_font_size = max(self._side // 90, 10 // scale) * font_size_scale
         self._instance_mode = instance_mode
 
-    def draw_instance_predictions(
-        self, predictions: Instances, jittering: bool = True
-    ) -> VisImage:
+    def draw_instance_predictions(self, predictions: Instances, jittering: bool = True) -> VisImage:
         """Draw ``pred_boxes``, ``pred_classes``, ``scores`` and ``pred_masks``, where present.
 
-        Args:
-            predictions: of one image, on the CPU.
-            jittering: vary the colours within a class, in mode ``SEGMENTATION``.
+        ``jittering`` varies the colours within a class, in mode ``SEGMENTATION``.
         """
         fields = predictions.get_fields()
         classes = fields["pred_classes"].tolist() if "pred_classes" in fields else None
-        masks = np.asarray(fields["pred_masks"]) if "pred_masks" in fields else None
-        alpha, colors = 0.5, self._class_colors(classes, jittering)
-        if colors is not None:
-            alpha = 0.8
+        masks: Any = np.asarray(fields["pred_masks"]) if "pred_masks" in fields else None
+        colors = self._class_colors(classes, jittering)
+        alpha = 0.5 if colors is None else 0.8
         if self._instance_mode == ColorMode.IMAGE_BW:
             alpha = 0.3
             grey = self.img.mean(axis=2, keepdims=True, dtype=np.float32).repeat(3, axis=2)
-            if masks is not None and len(masks):
-                covered = masks.any(axis=0)
-                grey[covered] = self.img[covered]
+            if masks is not None:
+                grey = np.where(masks.any(axis=0)[..., None], self.img, grey)
             self.output.reset_image(grey)
         return self.overlay_instances(
             boxes=fields.get("pred_boxes"),
@@ -130,12 +114,12 @@ class Visualizer:
             return self.output
         classes = [obj["category_id"] for obj in objects]
         labels = self._labels(classes, None) or []
-        crowd = ["|crowd" if obj.get("iscrowd", 0) else "" for obj in objects]
-        masks = [o["segmentation"] for o in objects] if "segmentation" in objects[0] else None
+        for index, obj in enumerate(objects):
+            labels[index] += "|crowd" if obj.get("iscrowd", 0) else ""
         return self.overlay_instances(
             boxes=[BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects],
-            labels=[label + mark for label, mark in zip(labels, crowd)],
-            masks=masks,
+            labels=labels,
+            masks=[o["segmentation"] for o in objects] if "segmentation" in objects[0] else None,
             assigned_colors=self._class_colors(classes, jittering=True),
         )
 
@@ -146,7 +130,8 @@ class Visualizer:
             labels = [names[number] if names else str(number) for number in classes]
         if scores is not None:
             percents = [f"{float(score) * 100:.0f}%" for score in scores]
-            labels = [f"{a} {b}" for a, b in zip(labels, percents)] if labels else percents
+            pairs = zip(labels or [""] * len(percents), percents, strict=True)
+            labels = [f"{label} {percent}".strip() for label, percent in pairs]
         return labels
 
     def _class_colors(self, classes: Sequence[int] | None, jittering: bool) -> list[Any] | None:
@@ -154,13 +139,11 @@ class Visualizer:
         if self._instance_mode != ColorMode.SEGMENTATION or not table or classes is None:
             return None
         colors = [np.array(table[number]) / 255 for number in classes]
-        return [self._jitter(color) for color in colors] if jittering else colors
-
-    @staticmethod
-    def _jitter(color: np.ndarray) -> np.ndarray:
-        """Another colour at distance 0.5 in a random direction of the RGB cube."""
-        shift = np.random.rand(3)
-        return np.clip(shift / np.linalg.norm(shift) * 0.5 + color, 0, 1)
+        if jittering:  # a shift by 0.5 in a random direction
+            shifts = [np.random.rand(3) for _ in colors]
+            pairs = zip(colors, shifts, strict=True)
+            colors = [np.clip(color + s / np.linalg.norm(s) * 0.5, 0, 1) for color, s in pairs]
+        return colors
 
     def overlay_instances(
         self,
@@ -171,36 +154,29 @@ class Visualizer:
         assigned_colors: Sequence[Any] | None = None,
         alpha: float = 0.5,
     ) -> VisImage:
-        """Draw objects, large ones first.
+        """Draw T objects, large ones first.
 
-        Args:
-            boxes: Boxes, or (T, 4) as (x0, y0, x1, y1).
-            labels: a text for each object.
-            masks: for each object polygons, a run-length encoded mask, or a binary mask (H, W).
-            assigned_colors: a colour for each object; default random ones.
-            alpha: opacity of masks.
+        ``boxes`` are Boxes or (T, 4) as (x0, y0, x1, y1); each of ``masks`` is a list of polygons,
+        a run-length encoded mask or a binary mask (H, W), drawn with opacity ``alpha``. Default
+        colours are random ones.
         """
-        if boxes is not None:
-            boxes = boxes.tensor.detach().numpy() if isinstance(boxes, Boxes) else np.asarray(boxes)
         contours = None if masks is None else [self._contours(mask) for mask in masks]
-        lengths = {len(part) for part in (boxes, labels, contours) if part is not None}
-        assert len(lengths) <= 1, f"boxes, labels and masks are of lengths {sorted(lengths)}"
-        number = max(lengths, default=0)
+        if boxes is None:
+            extents = np.array([_bounding_box(polygons) for polygons in contours or ()])
+        else:
+            extents = boxes.tensor.detach().numpy() if isinstance(boxes, Boxes) else boxes
+        extents = np.asarray(extents).reshape(-1, 4)
+        for part in (labels, contours):
+            assert part is None or len(part) == len(extents), "a part has another number of objects"
         colors = assigned_colors
         if colors is None:
-            colors = [random_color(rgb=True, maximum=1) for _ in range(number)]
-        if boxes is None and contours is not None:
-            boxes_of_masks = [_bounding_box(polygons) for polygons in contours]
-        order = np.arange(number)
-        if number and (boxes is not None or contours is not None):
-            extents = np.asarray(boxes if boxes is not None else boxes_of_masks)
-            order = np.argsort(-np.prod(extents[:, 2:4] - extents[:, :2], axis=1))
-        for index in order if number else ():
+            colors = [random_color(rgb=True, maximum=1) for _ in extents]
+        for index in np.argsort(-np.prod(extents[:, 2:] - extents[:, :2], axis=1)).tolist():
             if boxes is not None:
-                self.draw_box(boxes[index], edge_color=colors[index])
+                self.draw_box(extents[index], edge_color=colors[index])
             for polygon in contours[index] if contours is not None else ():
                 self.draw_polygon(polygon, colors[index], alpha=alpha)
-            if labels is not None and (boxes is not None or contours is not None):
+            if labels is not None:
                 self._draw_label(labels[index], extents[index], colors[index])
         return self.output
 
@@ -212,9 +188,7 @@ class Visualizer:
             if isinstance(mask["counts"], list):
                 mask = mask_util.frPyObjects(mask, *mask["size"])
             mask = mask_util.decode(mask)
-        bitmap = np.ascontiguousarray(
-            mask.numpy() if isinstance(mask, torch.Tensor) else mask, dtype=np.uint8
-        )
+        bitmap = np.ascontiguousarray(mask, dtype=np.uint8)
         expected = (self.output.height, self.output.width)
         assert bitmap.shape == expected, f"a mask is {bitmap.shape}, the image {expected}"
         found = cv2.findContours(bitmap, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
@@ -228,13 +202,9 @@ class Visualizer:
         if (y1 - y0) * (x1 - x0) < 1000 * scale or y1 - y0 < 40 * scale:
             position = (x1, y0) if y1 >= self.output.height - 5 else (x0, y1)
         growth = np.clip(((y1 - y0) / self._side - 0.02) / 0.08 + 1, 1.2, 2)
-        self.draw_text(
-            text,
-            position,
-            color=_lighten(color, 0.7),
-            horizontal_alignment="left",
-            font_size=growth * 0.5 * self._default_font_size,
-        )
+        size = growth * 0.5 * self._default_font_size
+        bright = _lighten(color, 0.7)
+        self.draw_text(text, position, font_size=size, color=bright, horizontal_alignment="left")
 
     def draw_text(
         self,
@@ -269,18 +239,9 @@ class Visualizer:
         """Draw the outline of a box (x0, y0, x1, y1)."""
         x0, y0, x1, y1 = box_coord
         width = max(self._default_font_size / 4, 1) * self.output.scale
-        self.output.ax.add_patch(
-            Rectangle(
-                (x0, y0),
-                x1 - x0,
-                y1 - y0,
-                fill=False,
-                edgecolor=edge_color,
-                linewidth=width,
-                alpha=alpha,
-                linestyle=line_style,
-            )
-        )
+        line = {"edgecolor": edge_color, "linewidth": width, "linestyle": line_style}
+        patch = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, alpha=alpha, **line)
+        self.output.ax.add_patch(patch)
         return self.output
 
     def draw_polygon(
@@ -289,15 +250,10 @@ class Visualizer:
         """Fill a polygon (points, 2); the default edge is darker where the filling is opaque."""
         if edge_color is None:
             edge_color = _lighten(color, -0.7) if alpha > 0.8 else color
-        self.output.ax.add_patch(
-            Polygon(
-                segment,
-                fill=True,
-                facecolor=(*mplc.to_rgb(color), alpha),
-                edgecolor=(*mplc.to_rgb(edge_color), 1),
-                linewidth=max(self._default_font_size // 15 * self.output.scale, 1),
-            )
-        )
+        width = max(self._default_font_size // 15 * self.output.scale, 1)
+        face, edge = (*mplc.to_rgb(color), alpha), (*mplc.to_rgb(edge_color), 1)
+        patch = Polygon(segment, fill=True, facecolor=face, edgecolor=edge, linewidth=width)
+        self.output.ax.add_patch(patch)
         return self.output
 
     def get_output(self) -> VisImage:
@@ -307,9 +263,7 @@ class Visualizer:
 
 def _bounding_box(polygons: Sequence[np.ndarray]) -> np.ndarray:
     """(x0, y0, x1, y1) around polygons (points, 2); zeros where there are none."""
-    if not polygons:
-        return np.zeros(4)
-    points = np.concatenate(polygons)
+    points = np.concatenate(polygons or [np.zeros((1, 2))])
     return np.concatenate([points.min(axis=0), points.max(axis=0)])
 
 

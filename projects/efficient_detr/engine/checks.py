@@ -24,6 +24,18 @@ from efficient_detr.errors import UserError
 
 _ROOTS_OF_EVALUATION = ("model", "dataloader", "train")
 _ROOTS_OF_TRAINING = (*_ROOTS_OF_EVALUATION, "optimizer", "lr_multiplier")
+_ABSENT = object()
+_TRAIN_OPTIONS_OF_EVALUATION = ("output_dir", "init_checkpoint", "device", "flops_images")
+_TRAIN_OPTIONS = (
+    *_TRAIN_OPTIONS_OF_EVALUATION,
+    "max_iter",
+    "amp.enabled",
+    "amp.dtype",
+    "clip_max_norm",
+    "checkpointer.period",
+    "eval_period",
+    "log_period",
+)
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
@@ -96,10 +108,12 @@ def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int =
             classes that does not match.
     """
     roots = _ROOTS_OF_EVALUATION if eval_only else _ROOTS_OF_TRAINING
+    options = _TRAIN_OPTIONS_OF_EVALUATION if eval_only else _TRAIN_OPTIONS
     missing = [root for root in roots if root not in config]
+    missing = missing or [f"train.{key}" for key in options if not _holds(config.train, key)]
     if missing:
         raise UserError(
-            f"The config lacks {' and '.join(missing)}: import the common configs, or see "
+            f"The config lacks {' and '.join(missing)}: import it from configs/common, or see "
             "efficient_detr.engine.train.do_train for what a config holds."
         )
     check_arguments(config)
@@ -209,6 +223,10 @@ def dataset_names(config: DictConfig, split: str) -> list[str]:
     if names is None:
         return []
     return [names] if isinstance(names, str) else list(names)
+
+
+def _holds(config: DictConfig, key: str) -> bool:
+    return OmegaConf.select(config, key, default=_ABSENT) is not _ABSENT
 
 
 def _is_known(config: DictConfig, parts: list[str]) -> bool:

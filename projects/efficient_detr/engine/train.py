@@ -13,6 +13,7 @@ from detectron2.config import instantiate
 from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,12 +41,28 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> Results | None:
     """
     _fix_seed(cfg)
     default_setup(cfg, args)
+    set_up_logging(cfg.train.output_dir)
     if not args.eval_only:
         do_train(cfg, args)
         return None
     model = _build_model(cfg)
     AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
     return do_test(cfg, _distribute(model, cfg))
+
+
+def set_up_logging(output_dir: str | None = None) -> None:
+    """Show this package's messages like Detectron2's: on the terminal and in ``log.txt``.
+
+    Args:
+        output_dir: folder of ``log.txt``; None for the terminal only.
+    """
+    # Unlike Detectron2's loggers it also passes its messages on, as libraries usually do.
+    setup_logger(
+        output_dir,
+        distributed_rank=comm.get_rank(),
+        name="efficient_detr",
+        enable_propagation=True,
+    )
 
 
 def do_train(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -114,15 +131,15 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
 
     Args:
         cfg: the config. Read are ``dataloader.test`` (builds the loader), ``dataloader.evaluator``
-            (builds a Detectron2 evaluator; absent for no evaluation), ``train.output_dir`` and
-            ``train.flops_images``, the number of test images whose FLOPs are averaged.
+            (builds a Detectron2 evaluator; absent or null for no evaluation), ``train.output_dir``
+            and ``train.flops_images``, the number of test images whose FLOPs are averaged.
         model: the model, on its device; it may be wrapped for distributed training.
 
     Returns:
         For each task a dict of metrics; empty if there is no evaluator, or on other processes than
         the main one.
     """
-    if "evaluator" not in cfg.dataloader:
+    if cfg.dataloader.get("evaluator") is None:
         logger.warning("The config has no dataloader.evaluator: nothing is evaluated.")
         return {}
     # Built first, because loading the data set fills the metadata that the evaluator reads.
@@ -211,6 +228,11 @@ def _restore(
         start_iter = int(trainer.iter) + 1
         if hasattr(trainer.data_loader, "start_iteration"):
             trainer.data_loader.start_iteration = start_iter
+        else:
+            logger.warning(
+                "dataloader.train starts its batches anew: only build_train_loader goes on where "
+                "the checkpoint ended."
+            )
         return start_iter
     if args.resume:
         logger.warning("No checkpoint in %s: training starts at iteration 0.", output_dir)

@@ -13,6 +13,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from efficient_detr.boxes import cxcywh_to_xyxy
+from efficient_detr.errors import ConfigError
 from efficient_detr.structures import DetectorOutput, SpatialShapes, Targets
 
 
@@ -112,7 +113,7 @@ def side_distances(shape: tuple[int, int], stride: int, target: Targets) -> Tens
 
 def _check_levels(strides: Sequence[int], ends: Sequence[float]) -> None:
     if len(ends) != len(strides) - 1:
-        raise ValueError(
+        raise ConfigError(
             f"foreground labels for {len(strides)} strides need {len(strides) - 1} range ends, "
             f"not {len(ends)}"
         )
@@ -120,7 +121,7 @@ def _check_levels(strides: Sequence[int], ends: Sequence[float]) -> None:
 
 def _check_shapes(spatial_shapes: SpatialShapes, strides: Sequence[int]) -> None:
     if len(spatial_shapes) != len(strides):
-        raise ValueError(
+        raise ConfigError(
             f"the detector has {len(spatial_shapes)} levels, but the foreground labels are set up "
             f"for {len(strides)} strides {tuple(strides)}: set the strides of the foreground loss"
         )
@@ -154,10 +155,10 @@ class ForegroundLoss(nn.Module):
         """Mean over images of the summed loss divided by the image's foreground tokens.
 
         Raises:
-            ValueError: if the detector selects no tokens.
+            ConfigError: if the detector selects no tokens.
         """
         if output.selection is None:
-            raise ValueError(
+            raise ConfigError(
                 "ForegroundLoss supervises a token selection, but model.detector.selection is not "
                 "set: remove the loss from model.losses or add a selection"
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_detr.boxes import inverse_sigmoid
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.dense import SelfAttention
 from efficient_detr.modeling.attention.interface import DecoderAttention
 from efficient_detr.modeling.heads import PredictionHead
@@ -116,7 +117,7 @@ class TransformerDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != len(heads):
-            raise ValueError(
+            raise ConfigError(
                 f"decoder.heads has {len(heads)} entries for {len(layers)} decoder.layers"
             )
         self.layers = nn.ModuleList(layers)

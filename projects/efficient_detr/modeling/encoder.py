@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.interface import EncoderAttention
 from efficient_detr.modeling.attention.object import ObjectSelfAttention
 from efficient_detr.modeling.heads import PredictionHead
@@ -79,7 +80,7 @@ class DualAttentionEncoderLayer(EncoderLayer):
     def forward(self, active: ActiveTokens, memory: FeatureTokens) -> Tensor:
         """As in `EncoderLayer`; `active` must carry object scores."""
         if active.object_scores is None:
-            raise ValueError(
+            raise ConfigError(
                 "DualAttentionEncoderLayer needs object scores: "
                 "give the encoder an object_score and the detector a foreground selection"
             )

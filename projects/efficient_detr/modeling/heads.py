@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from efficient_detr.modeling.layers import MLP
@@ -34,9 +35,14 @@ class PredictionHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Class logits (..., K) in float32 of features (..., C)."""
-        return self.class_layer(features).float()
+        """Class logits (..., K) of features (..., C), in float32 or better."""
+        return _at_least_float32(self.class_layer(features))
 
     def regress(self, features: Tensor) -> Tensor:
-        """Box correction (..., 4) in float32, to be added to the logit of a reference box."""
-        return self.box_layers(features).float()
+        """Correction (..., 4), in float32 or better, to be added to the logit of a reference box."""
+        return _at_least_float32(self.box_layers(features))
+
+
+def _at_least_float32(predictions: Tensor) -> Tensor:
+    """Boxes and scores near to each other would be equal in half precision."""
+    return predictions.to(torch.promote_types(predictions.dtype, torch.float32))

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
+
 
 class ChannelMapper(nn.Module):
     """Map backbone features to `num_levels` maps of C channels, each followed by a group norm.
@@ -35,16 +37,18 @@ class ChannelMapper(nn.Module):
     ) -> None:
         super().__init__()
         if len(in_features) != len(in_channels):
-            raise ValueError(
+            raise ConfigError(
                 f"neck.in_features names {len(in_features)} maps, "
                 f"but neck.in_channels has {len(in_channels)} entries"
             )
         if num_levels < len(in_features):
-            raise ValueError(
+            raise ConfigError(
                 f"neck.num_levels={num_levels} is smaller than the number of backbone maps "
                 f"({len(in_features)}): name fewer in_features"
             )
         self.in_features = list(in_features)
+        self.in_channels = list(in_channels)
+        self.num_levels = num_levels
         self.convs = nn.ModuleList(
             _conv_norm(before, channels, num_groups, kernel_size=1) for before in in_channels
         )

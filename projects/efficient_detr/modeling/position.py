@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
+
 
 def sine_embedding(values: Tensor, num_features: int, temperature: float) -> Tensor:
     """Interleaved sines and cosines of `values` at geometric wavelengths.
@@ -17,11 +19,13 @@ def sine_embedding(values: Tensor, num_features: int, temperature: float) -> Ten
         temperature: ratio of the longest to the shortest wavelength.
 
     Returns:
-        (..., num_features) float32: sin at even, cos at odd places, two places a wavelength.
+        (..., num_features) in float32 or better: sin at even, cos at odd places, two places a
+        wavelength.
     """
-    exponents = torch.arange(num_features // 2, dtype=torch.float32, device=values.device)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    exponents = torch.arange(num_features // 2, dtype=dtype, device=values.device)
     divisors = temperature ** (2 * exponents / num_features)
-    angles = values.float().unsqueeze(-1) / divisors
+    angles = values.to(dtype).unsqueeze(-1) / divisors
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
@@ -38,7 +42,7 @@ class SinePositionEmbedding(nn.Module):
     def __init__(self, *, channels: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
         if channels % 4:
-            raise ValueError(f"position embedding channels must be a multiple of 4, not {channels}")
+            raise ConfigError(f"position embedding channels must be a multiple of 4, not {channels}")
         self.channels = channels
         self.temperature = temperature
         self.offset = offset
@@ -69,6 +73,6 @@ class BoxPositionEmbedding(nn.Module):
         self.temperature = temperature
 
     def forward(self, boxes: Tensor) -> Tensor:
-        """Embed boxes (..., 4) as (cx, cy, w, h) in [0, 1] into (..., 2 C) float32."""
+        """Embed boxes (..., 4) as (cx, cy, w, h) in [0, 1] into (..., 2 C), in float32 or better."""
         ordered = boxes[..., [1, 0, 2, 3]] * (2 * math.pi)
         return sine_embedding(ordered, self.channels // 2, self.temperature).flatten(-2)

@@ -24,6 +24,7 @@ class FeatureTokenizer(nn.Module):
     def __init__(self, *, position_embedding: nn.Module, channels: int, num_levels: int) -> None:
         super().__init__()
         self.position_embedding = position_embedding
+        self.num_levels = num_levels
         self.level_embedding = nn.Parameter(torch.randn(num_levels, channels))
 
     def forward(self, features: list[Tensor], padding_mask: Tensor) -> FeatureTokens:

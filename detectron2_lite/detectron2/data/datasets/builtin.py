@@ -1,7 +1,5 @@
 """Registers COCO under ``$DETECTRON2_DATASETS``, by default the folder ``datasets``."""
 
-from __future__ import annotations
-
 import os
 
 from .builtin_meta import _get_builtin_metadata

@@ -1,7 +1,5 @@
 """The 80 object categories of COCO: ids in its files, names and drawing colours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # Id, name and RGB colour (hexadecimal).

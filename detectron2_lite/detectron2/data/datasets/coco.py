@@ -1,7 +1,5 @@
 """Datasets in COCO's annotation format."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -15,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
 from pycocotools.coco import COCO
 
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
-
 from ..catalog import DatasetCatalog, MetadataCatalog
 
-__all__ = ["convert_to_coco_json", "load_coco_json", "register_coco_instances"]
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +42,8 @@ def load_coco_json(
     Returns:
         One dictionary an image, by increasing image id: ``file_name``, ``height``, ``width``,
         ``image_id`` and ``annotations`` with ``bbox``, ``bbox_mode``, ``category_id``,
-        ``iscrowd`` and, where the file has them, ``segmentation`` and ``keypoints``.
+        ``iscrowd`` and, where the file has them, ``segmentation`` and ``keypoints``. Objects all
+        of whose polygons have less than three points are left out.
 
     Raises:
         AssertionError: annotation ids repeat, or an annotation is marked "ignore".
@@ -54,38 +51,32 @@ def load_coco_json(
         ValueError: an annotation has an empty box.
     """
     json_file = PathManager.get_local_path(json_file)
-    coco = _open_silently(json_file)
+    coco = open_coco_file(json_file)
     id_map = None if dataset_name is None else _set_categories(coco, dataset_name)
-    image_ids = sorted(coco.imgs)
-    objects = [coco.imgToAnns[image_id] for image_id in image_ids]
-    matched = sum(len(found) for found in objects)
-    if matched < len(coco.anns):
-        logger.warning("%d annotations of %s have no image", len(coco.anns) - matched, json_file)
+    matched = [obj for image_id in coco.imgs for obj in coco.imgToAnns[image_id]]
+    if len(matched) < len(coco.anns):
+        logger.warning("%d annotations of %s have no image", len(coco.anns) - len(matched), json_file)
     if "minival" not in json_file:  # COCO's own minival files of 2014 repeat some ids
-        ids = {obj["id"] for found in objects for obj in found}
-        assert len(ids) == matched, f"annotation ids in {json_file} repeat; make them unique"
+        unique = len({obj["id"] for obj in matched}) == len(matched)
+        assert unique, f"annotation ids in {json_file} repeat; make them unique"
     keys = ["iscrowd", "bbox", "keypoints", "category_id", *(extra_annotation_keys or [])]
     entries = []
-    for image_id, found in zip(image_ids, objects):
+    for image_id in sorted(coco.imgs):
         image = coco.imgs[image_id]
-        read = [_read_annotation(obj, keys, id_map) for obj in found]
-        entries.append(
-            {
-                "file_name": os.path.join(image_root, image["file_name"]),
-                "height": image["height"],
-                "width": image["width"],
-                "image_id": image_id,
-                "annotations": [obj for obj in read if obj is not None],
-            }
-        )
-    unusable = matched - sum(len(entry["annotations"]) for entry in entries)
+        entry = {"file_name": os.path.join(image_root, image["file_name"])}
+        entry.update(height=image["height"], width=image["width"], image_id=image_id)
+        read = (_read_annotation(obj, keys, id_map) for obj in coco.imgToAnns[image_id])
+        entry["annotations"] = [obj for obj in read if obj is not None]
+        entries.append(entry)
+    unusable = len(matched) - sum(len(entry["annotations"]) for entry in entries)
     if unusable:
         logger.warning("%d objects of %s have no valid polygon; left out", unusable, json_file)
     logger.info("Loaded %d images from %s", len(entries), json_file)
     return entries
 
 
-def _open_silently(json_file: str) -> COCO:
+def open_coco_file(json_file: str) -> COCO:
+    """``pycocotools.coco.COCO`` without its messages."""
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(json_file)
 
@@ -107,19 +98,19 @@ def _read_annotation(
 ) -> dict[str, Any] | None:
     """One object; None where its polygons are all invalid."""
     where = f"annotation {source.get('id')} of image {source['image_id']}"
-    assert source.get("ignore", 0) == 0, f'{where} is marked "ignore", which is not supported'
+    assert not source.get("ignore", 0), f'{where} is marked "ignore", which is not supported'
     obj = {key: source[key] for key in keys if key in source}
     if "bbox" in obj and len(obj["bbox"]) == 0:
         raise ValueError(f"{where} has an empty bbox; give it x, y, width and height")
-    segmentation = source.get("segmentation")
-    if isinstance(segmentation, dict) and segmentation:
-        if isinstance(segmentation["counts"], list):
-            segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-        obj["segmentation"] = segmentation
-    elif segmentation:
-        obj["segmentation"] = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
-        if not obj["segmentation"]:
+    mask = source.get("segmentation")
+    if isinstance(mask, dict) and isinstance(mask["counts"], list):
+        mask = mask_util.frPyObjects(mask, *mask["size"])
+    if mask:
+        if isinstance(mask, list):
+            mask = [points for points in mask if len(points) % 2 == 0 and len(points) >= 6]
+        if not mask:
             return None
+        obj["segmentation"] = mask
     if obj.get("keypoints"):  # pixel indices (x, y, visibility); the middle of a pixel is at 0.5
         obj["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(obj["keypoints"])]
     obj["bbox_mode"] = BoxMode.XYWH_ABS
@@ -133,17 +124,15 @@ def _read_annotation(
 def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     """A registered dataset in the structure of a COCO annotation file.
 
-    Metadata ``thing_classes`` are needed; ``thing_dataset_id_to_contiguous_id`` is undone.
-
-    Raises:
-        TypeError: a segmentation is neither polygons nor a run-length encoded mask.
-        ValueError: a box has not 4 numbers.
+    Metadata ``thing_classes`` are needed; ``thing_dataset_id_to_contiguous_id`` is undone. Boxes
+    without 4 numbers raise ValueError, segmentations of unknown type TypeError.
     """
     metadata = MetadataCatalog.get(dataset_name)
-    forward = metadata.get("thing_dataset_id_to_contiguous_id")
-    names = metadata.thing_classes
-    ids = {v: k for k, v in forward.items()} if forward else {i: i for i in range(len(names))}
-    images, annotations = [], []
+    categories = dict(enumerate(metadata.thing_classes))
+    id_map = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in categories}
+    ids = {contiguous: category_id for category_id, contiguous in id_map.items()}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, entry in enumerate(DatasetCatalog.get(dataset_name)):
         image_id = entry.get("image_id", index)
         size = {"width": int(entry["width"]), "height": int(entry["height"])}
@@ -154,7 +143,7 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     result = {
         "info": {"date_created": str(datetime.now()), "description": "written by detectron2_lite"},
         "images": images,
-        "categories": [{"id": ids[index], "name": name} for index, name in enumerate(names)],
+        "categories": [{"id": ids[index], "name": name} for index, name in categories.items()],
         "licenses": None,
     }
     return {**result, "annotations": annotations} if annotations else result
@@ -164,24 +153,23 @@ def _write_annotation(obj: Mapping[str, Any], ids: Mapping[int, int]) -> dict[st
     box = np.asarray(obj["bbox"])
     if box.shape != (4,):
         raise ValueError(f"a bbox has 4 numbers, got {obj['bbox']}")
-    x, y, width, height = BoxMode.convert(box.tolist(), obj["bbox_mode"], BoxMode.XYWH_ABS)
+    box = BoxMode.convert(box.tolist(), obj["bbox_mode"], BoxMode.XYWH_ABS)
     written = {
-        "bbox": [round(float(value), 3) for value in (x, y, width, height)],
-        "area": float(width * height),
+        "bbox": [round(float(value), 3) for value in box],
+        "area": float(box[2] * box[3]),
         "iscrowd": int(obj.get("iscrowd", 0)),
         "category_id": int(ids[obj["category_id"]]),
     }
-    if "segmentation" in obj:
-        segmentation = obj["segmentation"]
-        if isinstance(segmentation, list):
-            written["area"] = sum(_polygon_area(polygon) for polygon in segmentation)
-        elif isinstance(segmentation, dict):
-            written["area"] = float(mask_util.area(segmentation))
-            if isinstance(segmentation["counts"], bytes):
-                segmentation = {**segmentation, "counts": segmentation["counts"].decode("ascii")}
-        else:
-            raise TypeError(f"a segmentation is a list or a dict, got {type(segmentation)}")
-        written["segmentation"] = segmentation
+    mask = obj.get("segmentation")
+    if isinstance(mask, list):
+        written.update(segmentation=mask, area=sum(_polygon_area(polygon) for polygon in mask))
+    elif isinstance(mask, dict):
+        counts = mask["counts"]
+        counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+        area = float(mask_util.area(mask))
+        written.update(segmentation={**mask, "counts": counts}, area=area)
+    elif mask is not None:
+        raise TypeError(f"a segmentation is a list or a dict, got {type(mask)}")
     return written
 
 
@@ -192,41 +180,33 @@ def _polygon_area(polygon: Sequence[float]) -> float:
 
 
 def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool = True) -> None:
-    """Write a registered dataset as a COCO annotation file.
+    """Write a registered dataset as a COCO annotation file, one process at a time.
 
-    Args:
-        dataset_name: a registered name.
-        output_file: path of the file; other processes wait while one writes it.
-        allow_cached: keep a file that exists already.
+    A file that exists already is kept if ``allow_cached``.
     """
     PathManager.mkdirs(os.path.dirname(output_file))
     with file_lock(output_file):
         if PathManager.exists(output_file) and allow_cached:
             logger.warning("Using %s as it is; delete it if the dataset has changed", output_file)
             return
-        content = convert_to_coco_dict(dataset_name)
         temporary = output_file + ".tmp"
         with PathManager.open(temporary, "w") as file:
-            json.dump(content, file)
+            json.dump(convert_to_coco_dict(dataset_name), file)
         shutil.move(temporary, output_file)
 
 
 def register_coco_instances(
     name: str, metadata: Mapping[str, Any], json_file: str, image_root: str | os.PathLike
 ) -> None:
-    """Register a dataset in COCO's format; the files are read when it is first asked for.
+    """Register a dataset in COCO's format; ``json_file`` is read when it is first asked for.
 
-    Args:
-        name: of the dataset. If it is registered already, only the metadata are set.
-        metadata: further facts for its metadata; may be empty.
-        json_file: annotation file.
-        image_root: folder of the images.
+    ``metadata`` are further facts for its metadata. If the name is registered already, only the
+    metadata are set.
     """
     assert isinstance(name, str), name
     for path in (json_file, image_root):
         assert isinstance(path, (str, os.PathLike)), f"dataset '{name}': {path!r} is not a path"
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
-    )
+    paths = {"json_file": json_file, "image_root": image_root}
+    MetadataCatalog.get(name).set(**paths, evaluator_type="coco", **metadata)

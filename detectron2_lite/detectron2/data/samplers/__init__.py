@@ -1,5 +1,7 @@
 """The order in which samples are visited, split over processes."""
 
+from detectron2._absent import absent_name_getter
+
 from .distributed_sampler import InferenceSampler, RepeatFactorTrainingSampler, TrainingSampler
 from .grouped_batch_sampler import GroupedBatchSampler
 
@@ -9,3 +11,4 @@ __all__ = [
     "RepeatFactorTrainingSampler",
     "TrainingSampler",
 ]
+__getattr__ = absent_name_getter(__name__)

@@ -1,7 +1,5 @@
 """Samplers whose indices are split over the processes of a distributed run."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Batches of indices from one group each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

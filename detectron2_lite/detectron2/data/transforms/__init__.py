@@ -1,5 +1,6 @@
 """Deterministic transforms of images and boxes, and random augmentations that choose them."""
 
+from detectron2._absent import absent_name_getter
 from fvcore.transforms.transform import (
     BlendTransform,
     CropTransform,
@@ -12,12 +13,10 @@ from fvcore.transforms.transform import (
     VFlipTransform,
 )
 
-from detectron2._absent import absent_name_getter
-
 from .augmentation import (
+    AugInput,
     Augmentation,
     AugmentationList,
-    AugInput,
     StandardAugInput,
     TransformGen,
     apply_augmentations,

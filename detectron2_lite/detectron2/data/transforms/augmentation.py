@@ -1,7 +1,5 @@
 """Augmentations choose transforms, often at random, and apply them to an ``AugInput``."""
 
-from __future__ import annotations
-
 import inspect
 import pprint
 from collections.abc import Mapping, Sequence
@@ -9,16 +7,6 @@ from typing import Any
 
 import numpy as np
 from fvcore.transforms.transform import Transform, TransformList
-
-__all__ = [
-    "AugInput",
-    "Augmentation",
-    "AugmentationList",
-    "StandardAugInput",
-    "TransformGen",
-    "apply_augmentations",
-    "apply_transform_gens",
-]
 
 
 class Augmentation:
@@ -86,23 +74,18 @@ class Augmentation:
                 shown.append(f"{name}={text if chr(10) not in text else '...'}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    __str__ = __repr__
-
 
 class _TransformAsAugmentation(Augmentation):
+    input_args = ()
+
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
     def get_transform(self, *args: Any) -> Transform:
         return self.transform
 
-    def _arguments(self, aug_input: Any) -> list[Any]:
-        return []
-
     def __repr__(self) -> str:
         return repr(self.transform)
-
-    __str__ = __repr__
 
 
 def _transform_to_aug(transform_or_aug: Transform | Augmentation) -> Augmentation:
@@ -126,8 +109,6 @@ class AugmentationList(Augmentation):
     def __repr__(self) -> str:
         return f"AugmentationList[{', '.join(str(aug) for aug in self.augs)}]"
 
-    __str__ = __repr__
-
 
 class AugInput:
     """What augmentations see and change: ``image``, ``boxes`` and ``sem_seg``.
@@ -142,12 +123,8 @@ class AugInput:
         boxes: np.ndarray | None = None,
         sem_seg: np.ndarray | None = None,
     ) -> None:
-        """Hold the inputs of one image.
-
-        Args:
-            image: (H, W) or (H, W, C), uint8 or floating point.
-            boxes: (T, 4) as (x0, y0, x1, y1) in pixels.
-            sem_seg: labels (H, W), uint8.
+        """``image``: (H, W) or (H, W, C), uint8 or floating point; ``boxes``: (T, 4) as
+        (x0, y0, x1, y1) in pixels; ``sem_seg``: labels (H, W), uint8.
         """
         assert isinstance(image, np.ndarray), f"an image is a numpy array, got {type(image)}"
         assert image.ndim in (2, 3), f"an image is (H, W) or (H, W, C), got {image.shape}"
@@ -163,22 +140,14 @@ class AugInput:
         if self.sem_seg is not None:
             self.sem_seg = tfm.apply_segmentation(self.sem_seg)
 
-    def apply_augmentations(
-        self, augmentations: Sequence[Augmentation | Transform]
-    ) -> TransformList:
-        """Apply augmentations to this object in place and return their transforms."""
-        return AugmentationList(augmentations)(self)
-
 
 def apply_augmentations(
     augmentations: Sequence[Augmentation | Transform], inputs: Any
 ) -> tuple[Any, TransformList]:
     """Augment an image array or an ``AugInput``; returns the result and the transforms."""
-    if isinstance(inputs, np.ndarray):
-        aug_input = AugInput(inputs)
-        transforms = aug_input.apply_augmentations(augmentations)
-        return aug_input.image, transforms
-    return inputs, inputs.apply_augmentations(augmentations)
+    aug_input = AugInput(inputs) if isinstance(inputs, np.ndarray) else inputs
+    transforms = AugmentationList(augmentations)(aug_input)
+    return (aug_input.image if isinstance(inputs, np.ndarray) else inputs), transforms
 
 
 # Older names of the same.

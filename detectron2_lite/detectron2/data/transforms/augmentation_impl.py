@@ -3,8 +3,6 @@
 All draw from NumPy's global generator, in a fixed order: equal seeds give equal augmentations.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,16 +18,14 @@ from fvcore.transforms.transform import (
     TransformList,
     VFlipTransform,
 )
-from PIL import Image
+from PIL.Image import Resampling
 
 from .augmentation import Augmentation, _transform_to_aug
 from .transform import ResizeTransform
 
-_BILINEAR = Image.Resampling.BILINEAR
-
 
 class RandomApply(Augmentation):
-    """Another augmentation or transform, with probability ``prob``."""
+    """Another augmentation or transform, with probability ``prob``: one uniform number decides."""
 
     def __init__(self, tfm_or_aug: Transform | Augmentation, prob: float = 0.5) -> None:
         assert 0.0 <= prob <= 1.0, f"a probability lies in [0, 1], got {prob}"
@@ -37,17 +33,14 @@ class RandomApply(Augmentation):
         self.prob = prob
 
     def get_transform(self, *args: Any) -> Transform:
-        """One uniform number decides; then the other augmentation chooses."""
-        chosen = self._rand_range() < self.prob
-        return self.aug.get_transform(*args) if chosen else NoOpTransform()
+        return self.aug.get_transform(*args) if self._rand_range() < self.prob else NoOpTransform()
 
     def __call__(self, aug_input: Any) -> Transform:
-        """Augment ``aug_input`` in place, or leave it."""
         return self.aug(aug_input) if self._rand_range() < self.prob else NoOpTransform()
 
 
 class RandomFlip(Augmentation):
-    """Flip horizontally, or vertically instead, with probability ``prob``."""
+    """Flip horizontally, or else vertically, with probability ``prob``: one uniform number."""
 
     def __init__(
         self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False
@@ -57,7 +50,6 @@ class RandomFlip(Augmentation):
         self.prob, self.horizontal, self.vertical = prob, horizontal, vertical
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws one uniform number."""
         height, width = image.shape[:2]
         if self._rand_range() >= self.prob:
             return NoOpTransform()
@@ -67,13 +59,13 @@ class RandomFlip(Augmentation):
 class Resize(Augmentation):
     """Resize to a fixed ``shape``: (height, width), or one number for both."""
 
-    def __init__(self, shape: int | Sequence[int], interp: int = _BILINEAR) -> None:
-        self.shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
-        self.interp = interp
+    def __init__(self, shape: int | Sequence[int], interp: int = Resampling.BILINEAR) -> None:
+        new_h, new_w = (shape, shape) if isinstance(shape, int) else shape
+        self.shape, self.interp = (new_h, new_w), interp
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws nothing."""
-        return ResizeTransform(*image.shape[:2], *self.shape, self.interp)
+        height, width = image.shape[:2]
+        return ResizeTransform(height, width, *self.shape, self.interp)
 
 
 class ResizeShortestEdge(Augmentation):
@@ -84,16 +76,10 @@ class ResizeShortestEdge(Augmentation):
         short_edge_length: int | Sequence[int],
         max_size: int = sys.maxsize,
         sample_style: str = "range",
-        interp: int = _BILINEAR,
+        interp: int = Resampling.BILINEAR,
     ) -> None:
-        """Set up the lengths.
-
-        Args:
-            short_edge_length: pixels: (smallest, largest) for ``range``, the values to choose
-                from for ``choice``, or one number. A drawn 0 keeps the size.
-            max_size: limit of the longer side.
-            sample_style: ``range`` or ``choice``.
-            interp: one of Pillow's filters.
+        """``short_edge_length`` in pixels is one number, or (smallest, largest) with the
+        ``sample_style`` "range", or the values to choose from with "choice". 0 keeps the size.
         """
         assert sample_style in ("range", "choice"), sample_style
         if isinstance(short_edge_length, int):
@@ -105,7 +91,6 @@ class ResizeShortestEdge(Augmentation):
         self.sample_style, self.interp = sample_style, interp
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws one integer or one choice."""
         lengths = self.short_edge_length
         if self.is_range:
             size = np.random.randint(lengths[0], lengths[1] + 1)
@@ -122,7 +107,7 @@ class ResizeShortestEdge(Augmentation):
         oldh: int, oldw: int, short_edge_length: int, max_size: int
     ) -> tuple[int, int]:
         """(height, width) after the resize, both rounded half up."""
-        # Operation by operation as Detectron2: a different rounding would change the size.
+        # In this order of operations: another rounding could change the size by a pixel.
         scale = short_edge_length * 1.0 / min(oldh, oldw)
         short, long = short_edge_length * 1.0, scale * max(oldh, oldw)
         if long > max_size:
@@ -133,7 +118,7 @@ class ResizeShortestEdge(Augmentation):
 
 
 class ResizeScale(Augmentation):
-    """Fit the image into a target size that is scaled at random ("large-scale jitter")."""
+    """Fit the image into a target size times a uniform random number ("large-scale jitter")."""
 
     def __init__(
         self,
@@ -141,14 +126,12 @@ class ResizeScale(Augmentation):
         max_scale: float,
         target_height: int,
         target_width: int,
-        interp: int = _BILINEAR,
+        interp: int = Resampling.BILINEAR,
     ) -> None:
-        self.min_scale, self.max_scale = min_scale, max_scale
+        self.min_scale, self.max_scale, self.interp = min_scale, max_scale, interp
         self.target_height, self.target_width = target_height, target_width
-        self.interp = interp
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws one uniform scale."""
         height, width = image.shape[:2]
         scale = np.random.uniform(self.min_scale, self.max_scale)
         target = np.multiply((self.target_height, self.target_width), scale)
@@ -158,23 +141,19 @@ class ResizeScale(Augmentation):
 
 
 class RandomCrop(Augmentation):
-    """Crop a random window."""
+    """Crop a random window: its size is drawn first, then the top, then the left."""
 
     def __init__(self, crop_type: str, crop_size: Sequence[float]) -> None:
-        """Set up the window.
+        """``crop_type`` says what the two numbers of ``crop_size`` are.
 
-        Args:
-            crop_type: what the two numbers of ``crop_size`` are: ``absolute``: height and width
-                in pixels, limited by the image; ``relative``: the same as fractions of the image;
-                ``relative_range``: the smallest fractions, drawn up to 1; ``absolute_range``: the
-                limits in pixels between which both sides are drawn.
-            crop_size: two numbers.
+        ``absolute``: height and width in pixels, limited by the image; ``relative``: the same as
+        fractions of the image; ``relative_range``: the smallest fractions, drawn up to 1;
+        ``absolute_range``: the limits in pixels between which both sides are drawn.
         """
         assert crop_type in ("relative_range", "relative", "absolute", "absolute_range"), crop_type
         self.crop_type, self.crop_size = crop_type, crop_size
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws the size, then the top, then the left."""
         height, width = image.shape[:2]
         crop_height, crop_width = self.get_crop_size((height, width))
         assert height >= crop_height and width >= crop_width, f"{self} left the image"
@@ -185,23 +164,25 @@ class RandomCrop(Augmentation):
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of a window in an image (height, width)."""
         height, width = image_size
-        if self.crop_type == "absolute":
-            return min(int(self.crop_size[0]), height), min(int(self.crop_size[1]), width)
-        if self.crop_type == "absolute_range":
-            low, high = self.crop_size
-            assert low <= high, f"crop_size {self.crop_size} is an empty range"
-            crop_height = np.random.randint(min(height, low), min(height, high) + 1)
-            return crop_height, np.random.randint(min(width, low), min(width, high) + 1)
-        fractions = np.asarray(self.crop_size, dtype=np.float32)
+        if self.crop_type.startswith("absolute"):
+            first, second = (int(number) for number in self.crop_size)
+            if self.crop_type == "absolute":
+                return min(first, height), min(second, width)
+            assert first <= second, f"crop_size {self.crop_size} is an empty range"
+            crop_height = np.random.randint(min(height, first), min(height, second) + 1)
+            return crop_height, np.random.randint(min(width, first), min(width, second) + 1)
+        high, wide = self.crop_size
         if self.crop_type == "relative_range":
-            fractions = fractions + np.random.rand(2) * (1 - fractions)
-        else:
-            fractions = np.asarray(self.crop_size, dtype=np.float64)
-        return int(height * fractions[0] + 0.5), int(width * fractions[1] + 0.5)
+            smallest = np.asarray(self.crop_size, dtype=np.float32)
+            high, wide = smallest + np.random.rand(2) * (1 - smallest)
+        return int(height * high + 0.5), int(width * wide + 0.5)
 
 
 class FixedSizeCrop(Augmentation):
-    """Crop a random window of ``crop_size`` (height, width); pad images that are smaller."""
+    """Crop a window of ``crop_size`` (height, width) and ``pad`` images that are smaller.
+
+    One uniform number is drawn, the window's position in both directions.
+    """
 
     def __init__(
         self,
@@ -214,7 +195,6 @@ class FixedSizeCrop(Augmentation):
         self.pad_value, self.seg_pad_value = pad_value, seg_pad_value
 
     def get_transform(self, image: np.ndarray) -> TransformList:
-        """Draws one uniform number, the position in both directions."""
         size = image.shape[:2]
         slack = np.maximum(np.subtract(size, self.crop_size), 0)
         top, left = np.round(slack * np.random.uniform(0.0, 1.0)).astype(int)
@@ -228,37 +208,30 @@ class FixedSizeCrop(Augmentation):
         return TransformList(transforms)
 
 
-class _RandomBlend(Augmentation):
-    """``w * image + (1 - w) * other`` with w drawn from (intensity_min, intensity_max)."""
+class RandomContrast(Augmentation):
+    """``w * image + (1 - w) * mean`` with one uniform w in (intensity_min, intensity_max)."""
 
     def __init__(self, intensity_min: float, intensity_max: float) -> None:
         self.intensity_min, self.intensity_max = intensity_min, intensity_max
 
-    def _other(self, image: np.ndarray) -> Any:
-        raise NotImplementedError
-
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws one uniform number; 1 keeps the image."""
+        other = self._other(image)
         weight = np.random.uniform(self.intensity_min, self.intensity_max)
-        return BlendTransform(self._other(image), src_weight=1 - weight, dst_weight=weight)
-
-
-class RandomContrast(_RandomBlend):
-    """Blend with the image's mean value."""
+        return BlendTransform(other, src_weight=1 - weight, dst_weight=weight)
 
     def _other(self, image: np.ndarray) -> Any:
         return image.mean()
 
 
-class RandomBrightness(_RandomBlend):
-    """Blend with black."""
+class RandomBrightness(RandomContrast):
+    """The same with black in place of the mean."""
 
     def _other(self, image: np.ndarray) -> Any:
         return 0
 
 
-class RandomSaturation(_RandomBlend):
-    """Blend an RGB image with its grey version."""
+class RandomSaturation(RandomContrast):
+    """The same with the grey version of an RGB image."""
 
     def _other(self, image: np.ndarray) -> Any:
         assert image.shape[-1] == 3, f"saturation needs an RGB image, got {image.shape}"
@@ -266,10 +239,12 @@ class RandomSaturation(_RandomBlend):
 
 
 class RandomLighting(Augmentation):
-    """Shift an RGB image along the principal components of ImageNet's colours (AlexNet)."""
+    """Shift an RGB image along the principal components of ImageNet's colours (AlexNet).
+
+    Three normal numbers of standard deviation ``scale`` are drawn.
+    """
 
     def __init__(self, scale: float) -> None:
-        """``scale``: standard deviation of the three weights."""
         self.scale = scale
         self.eigen_vecs = np.array(
             [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
@@ -277,7 +252,6 @@ class RandomLighting(Augmentation):
         self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws three normal numbers."""
         assert image.shape[-1] == 3, f"lighting needs an RGB image, got {image.shape}"
         weights = np.random.normal(scale=self.scale, size=3)
         shift = self.eigen_vecs.dot(weights * self.eigen_vals)

@@ -1,7 +1,5 @@
 """Transforms beyond those of fvcore."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,26 +7,23 @@ import numpy as np
 import torch
 from fvcore.transforms.transform import NoOpTransform, Transform
 from PIL import Image
+from PIL.Image import Resampling
 from torch.nn import functional as F
 
-__all__ = ["ColorTransform", "PILColorTransform", "ResizeTransform"]
-
-_Resampling = Image.Resampling
 _INTERPOLATE_MODES = {
-    _Resampling.NEAREST: "nearest",
-    _Resampling.BILINEAR: "bilinear",
-    _Resampling.BICUBIC: "bicubic",
+    Resampling.NEAREST: "nearest",
+    Resampling.BILINEAR: "bilinear",
+    Resampling.BICUBIC: "bicubic",
 }
 
 
 class ResizeTransform(Transform):
-    """Resize from (h, w) to (new_h, new_w) pixels."""
+    """Resize from (h, w) to (new_h, new_w) pixels with one of Pillow's filters."""
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None) -> None:
-        """``interp`` is one of Pillow's resampling filters, default bilinear."""
         super().__init__()
         self.h, self.w, self.new_h, self.new_w = h, w, new_h, new_w
-        self.interp = _Resampling.BILINEAR if interp is None else interp
+        self.interp = Resampling.BILINEAR if interp is None else interp
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resize an image of 2 to 4 dimensions (h, w, ...).
@@ -37,40 +32,34 @@ class ResizeTransform(Transform):
         """
         assert img.shape[:2] == (self.h, self.w), f"{img.shape} is not ({self.h}, {self.w}, ...)"
         assert img.ndim <= 4
-        interp = self.interp if interp is None else interp
+        resampling = Resampling(self.interp if interp is None else interp)
         if img.dtype == np.uint8:
             single_channel = img.ndim > 2 and img.shape[2] == 1
             image = Image.fromarray(img[:, :, 0] if single_channel else img)
-            resized = np.asarray(image.resize((self.new_w, self.new_h), _Resampling(interp)))
+            resized = np.asarray(image.resize((self.new_w, self.new_h), resampling))
             return resized[:, :, None] if single_channel else resized
-        mode = _INTERPOLATE_MODES[_Resampling(interp)]
+        mode = _INTERPOLATE_MODES[resampling]
+        corners = None if mode == "nearest" else False
+        size = (self.new_h, self.new_w)
         planes = torch.from_numpy(np.ascontiguousarray(img)).reshape(1, self.h, self.w, -1)
-        planes = F.interpolate(
-            planes.permute(0, 3, 1, 2),
-            (self.new_h, self.new_w),
-            mode=mode,
-            align_corners=None if mode == "nearest" else False,
-        )
-        shape = (self.new_h, self.new_w, *img.shape[2:])
-        return planes[0].permute(1, 2, 0).reshape(shape).numpy()
+        planes = planes.permute(0, 3, 1, 2)
+        planes = F.interpolate(planes, size, mode=mode, align_corners=corners)
+        return planes[0].permute(1, 2, 0).reshape(*size, *img.shape[2:]).numpy()
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Scale points (N, 2) as (x, y), in place."""
         coords[:, 0] = coords[:, 0] * (self.new_w / self.w)
         coords[:, 1] = coords[:, 1] * (self.new_h / self.h)
         return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Resize labels (h, w), each pixel taking the nearest one."""
-        return self.apply_image(segmentation, interp=_Resampling.NEAREST)
+        return self.apply_image(segmentation, interp=Resampling.NEAREST)
 
     def inverse(self) -> Transform:
-        """Resize back."""
         return ResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
 
 
 class ColorTransform(Transform):
-    """A function of the image array that moves nothing."""
+    """A function ``op`` of the image array; points and labels stay as they are."""
 
     def __init__(self, op: Callable[[Any], Any]) -> None:
         if not callable(op):
@@ -79,19 +68,15 @@ class ColorTransform(Transform):
         self.op = op
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Apply the function."""
         return self.op(img)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Points stay where they are."""
         return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Labels stay as they are."""
         return segmentation
 
     def inverse(self) -> Transform:
-        """Coordinates need no way back; colours have none."""
         return NoOpTransform()
 
 
@@ -99,5 +84,4 @@ class PILColorTransform(ColorTransform):
     """The same with a function of a Pillow image, e.g. one of ``ImageOps``."""
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Apply the function."""
         return np.asarray(self.op(Image.fromarray(img)))

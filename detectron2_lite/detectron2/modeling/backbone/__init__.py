@@ -1,9 +1,9 @@
 """Backbones: ResNet, and the interface of all others."""
 
 from detectron2._absent import absent_name_getter
+from fvcore.common.registry import Registry
 
 from .backbone import Backbone
-from .build import BACKBONE_REGISTRY
 from .resnet import BasicStem, BottleneckBlock, ResNet, ResNetBlockBase, make_stage
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "ResNetBlockBase",
     "make_stage",
 ]
+BACKBONE_REGISTRY = Registry("BACKBONE")
 __getattr__ = absent_name_getter(__name__)

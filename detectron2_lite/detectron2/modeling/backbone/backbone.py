@@ -1,13 +1,10 @@
 """The interface of backbones."""
 
-from __future__ import annotations
-
 from abc import ABCMeta, abstractmethod
 from typing import Any
 
-from torch import Tensor, nn
-
 from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
 
 
 class Backbone(nn.Module, metaclass=ABCMeta):

@@ -63,7 +63,6 @@ class BasicBlock(_ResidualBlock):
         self._initialize(self.conv1, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         return self._join(self.conv2(F.relu_(self.conv1(x))), x)
 
 
@@ -97,7 +96,6 @@ class BottleneckBlock(_ResidualBlock):
         self._initialize(self.conv1, self.conv2, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         return self._join(self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x))))), x)
 
 
@@ -110,7 +108,6 @@ class BasicStem(CNNBlockBase):
         weight_init.c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C_in, H, W) to (B, C_out, H / 4, W / 4)."""
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
 
 
@@ -179,8 +176,8 @@ class ResNet(Backbone):
         if freeze_at >= 1:
             self.stem.freeze()
         for stage in self.stages[: max(freeze_at - 1, 0)]:
-            for block in stage:
-                block.freeze()
+            for block in stage.children():
+                block.freeze()  # type: ignore[operator]
         return self
 
     @staticmethod

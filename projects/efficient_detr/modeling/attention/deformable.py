@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.interface import DecoderAttention, EncoderAttention
 from efficient_detr.modeling.layers import xavier_linear
 from efficient_detr.ops import multi_scale_deformable_attention
@@ -32,7 +33,7 @@ class MultiScaleDeformableAttention(nn.Module):
     ) -> None:
         super().__init__()
         if channels % num_heads:
-            raise ValueError(f"channels={channels} is not a multiple of num_heads={num_heads}")
+            raise ConfigError(f"channels={channels} is not a multiple of num_heads={num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(channels, samples * 2)
@@ -89,7 +90,8 @@ class MultiScaleDeformableAttention(nn.Module):
         Offsets count in cells around a reference point, and in 1/P half-sizes of a reference box.
         """
         grid = (self.num_heads, self.num_levels, self.num_points, 2)
-        offsets = self.sampling_offsets(query).unflatten(2, grid).to(reference.dtype)
+        offsets = self.sampling_offsets(query).unflatten(2, grid)
+        offsets = offsets.to(torch.promote_types(offsets.dtype, reference.dtype))
         reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2|4)
         if reference.shape[-1] == 2:
             shapes = torch.tensor(memory.spatial_shapes, device=query.device)

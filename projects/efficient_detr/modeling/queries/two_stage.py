@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.structures import Proposals, Queries, SetPrediction, gather_tokens
 
 
@@ -34,11 +35,11 @@ class TwoStageQueries(nn.Module):
         """Select Q proposals.
 
         Raises:
-            ValueError: if the image has fewer tokens than there are queries.
+            ConfigError: if the image has fewer tokens than there are queries.
         """
         scores = proposals.logits.amax(-1)  # (B, S)
         if scores.shape[1] < self.num_queries:
-            raise ValueError(
+            raise ConfigError(
                 f"the input has {scores.shape[1]} tokens, fewer than "
                 f"queries.num_queries={self.num_queries}: use a larger image or fewer queries"
             )

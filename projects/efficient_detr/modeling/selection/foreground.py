@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.layers import xavier_linear
 from efficient_detr.modeling.queries.proposals import ProposalHead
 from efficient_detr.structures import FeatureTokens, TokenSelection
@@ -73,8 +74,9 @@ class ForegroundTokenSelector(nn.Module):
             ("layer_keep_ratios", ratio) for ratio in layer_keep_ratios
         ]:
             if not 0 < ratio <= 1:
-                raise ValueError(f"selection.{name} must be in (0, 1], not {ratio}")
+                raise ConfigError(f"selection.{name} must be in (0, 1], not {ratio}")
         self.score_head = score_head
+        self.num_levels = num_levels
         self.keep_ratio = keep_ratio
         self.layer_keep_ratios = tuple(layer_keep_ratios)
         # One scale a transition, the transition to the second coarsest level first.
@@ -91,8 +93,8 @@ class ForegroundTokenSelector(nn.Module):
         level_logits = self.score_levels(features, tokens)
         scores = torch.cat(level_logits, dim=1)
         scores = torch.where(tokens.padding_mask, scores.min(), scores)
-        counts = (self.keep_ratio * (~tokens.padding_mask).sum(1)).int() + 1  # (B,)
-        counts = counts.clamp(max=scores.shape[1])
+        valid = (~tokens.padding_mask).sum(1)
+        counts = torch.minimum((self.keep_ratio * valid).long() + 1, valid)  # (B,)
         indices = self._nested_indices(scores, int(counts.max()))
         return TokenSelection(indices, counts, scores, level_logits)
 

@@ -1,0 +1,168 @@
+"""Deformable attention of encoder and decoder: where it looks, what it adds up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.tiny_models import random_tokens
+
+from efficient_detr.modeling.attention import (
+    DeformableDecoderAttention,
+    DeformableEncoderAttention,
+)
+from efficient_detr.ops.deformable_attention import sample_by_grid_sample
+
+SHAPES = [(4, 6), (2, 3)]
+
+
+def test_initial_offsets_form_a_ring() -> None:
+    """Eight heads look along the eight compass points; point p is p + 1 cells away on that ray.
+
+    The direction (cos, sin) is divided by its larger component, so diagonals are (1, 1), not
+    (0.7, 0.7).
+    """
+    attention = DeformableEncoderAttention(channels=16, num_heads=8, num_levels=2, num_points=4)
+    offsets = attention.sampling_offsets.bias.reshape(8, 2, 4, 2)
+    compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, (x, y) in enumerate(compass):
+        for point in range(4):
+            expected = torch.tensor([[x, y]] * 2) * (point + 1.0)
+            torch.testing.assert_close(offsets[head, :, point], expected, atol=1e-5, rtol=0)
+    for zeroed in (
+        attention.sampling_offsets.weight,
+        attention.attention_weights.weight,
+        attention.attention_weights.bias,
+        attention.value_projection.bias,
+        attention.output_projection.bias,
+    ):
+        assert zeroed.eq(0).all()
+
+
+def test_offsets_around_a_point_count_in_cells() -> None:
+    """One head to the right, two points: reference + (1 or 2 cells) / width of the level."""
+    attention = DeformableEncoderAttention(channels=4, num_heads=1, num_levels=2, num_points=2)
+    tokens = random_tokens(SHAPES, channels=4)
+    reference = torch.tensor([0.5, 0.25]).expand(1, 1, 2, 2)
+    locations = attention.sampling_locations(torch.randn(1, 1, 4), reference, tokens)
+    assert locations.shape == (1, 1, 1, 2, 2, 2)
+    expected = [
+        [[0.5 + 1 / 6, 0.25], [0.5 + 2 / 6, 0.25]],
+        [[0.5 + 1 / 3, 0.25], [0.5 + 2 / 3, 0.25]],
+    ]
+    torch.testing.assert_close(locations[0, 0, 0], torch.tensor(expected))
+
+
+def test_offsets_in_a_box_count_in_its_half_sizes() -> None:
+    """Of two points to the right, the first is half way to the border of the box, the second on it.
+
+    offset / P * size / 2: 1/2 * 0.4/2 = 0.1 and 2/2 * 0.4/2 = 0.2, on every level.
+    """
+    attention = DeformableDecoderAttention(channels=4, num_heads=1, num_levels=2, num_points=2)
+    tokens = random_tokens(SHAPES, channels=4)
+    reference = torch.tensor([0.5, 0.25, 0.4, 0.1]).expand(1, 1, 2, 4)
+    locations = attention.sampling_locations(torch.randn(1, 1, 4), reference, tokens)
+    expected = torch.tensor([[0.6, 0.25], [0.7, 0.25]]).expand(2, 2, 2)
+    torch.testing.assert_close(locations[0, 0, 0], expected)
+
+
+def test_encoder_attention_formula() -> None:
+    attention = DeformableEncoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = random_tokens(SHAPES, batch=2)
+    query, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    reference = torch.rand(2, 5, 2, 2)
+    located = query + position
+    offsets = attention.sampling_offsets(located).reshape(2, 5, 2, 2, 3, 2)
+    sizes = torch.tensor([[6.0, 4.0], [3.0, 2.0]])[:, None]  # (L, 1, 2)
+    weights = attention.attention_weights(located).reshape(2, 5, 2, 6).softmax(-1)
+    sampled = sample_by_grid_sample(
+        attention.value_projection(tokens.features).reshape(2, 30, 2, 4),
+        SHAPES,
+        reference[:, :, None, :, None] + offsets / sizes,
+        weights.reshape(2, 5, 2, 2, 3),
+    )
+    output = attention(query, position, reference, tokens)
+    torch.testing.assert_close(output, attention.output_projection(sampled))
+
+
+def test_decoder_attention_scales_boxes_by_the_valid_ratios() -> None:
+    """A box of the unpadded image becomes a box of each padded level."""
+    attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
+    tokens = random_tokens(SHAPES, sizes=[(16, 24), (32, 48)])
+    seen = []
+    attend = attention.attend
+
+    def spy(query: torch.Tensor, reference: torch.Tensor, memory: object) -> torch.Tensor:
+        seen.append(reference)
+        return attend(query, reference, tokens)
+
+    attention.attend = spy  # type: ignore[method-assign]
+    boxes = torch.rand(2, 3, 4)
+    attention(torch.randn(2, 3, 8), torch.randn(2, 3, 8), boxes, tokens)
+    # 16 of 32 rows and 24 of 48 columns are image on level 0, one of two rows on level 1, and
+    # columns 0 and 1 of three (pixels 0 and 16; the third cell is pixel 32).
+    ratios = torch.tensor([[[0.5, 0.5], [2 / 3, 0.5]], [[1.0, 1], [1, 1]]]).repeat(1, 1, 2)
+    torch.testing.assert_close(seen[0], boxes[:, :, None] * ratios[:, None])
+
+
+@pytest.mark.parametrize("family", [DeformableEncoderAttention, DeformableDecoderAttention])
+def test_padding_contributes_nothing(family: type) -> None:
+    """Neither its features nor the bias of the value projection."""
+    attention = family(channels=8, num_heads=2, num_levels=2, num_points=2)
+    torch.nn.init.ones_(attention.value_projection.bias)
+    tokens = random_tokens(SHAPES, sizes=[(16, 24)])
+    query, position = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    reference = torch.rand(1, 4, 4) if family is DeformableDecoderAttention else torch.rand(1, 4, 2, 2)
+    expected = attention(query, position, reference, tokens)
+    changed = tokens.features.masked_fill(tokens.padding_mask.unsqueeze(-1), 1e6)
+    output = attention(query, position, reference, tokens.with_features(changed))
+    torch.testing.assert_close(output, expected)
+    # A box whose points all lie on padding: nothing but the (zero) bias of the output.
+    if family is DeformableDecoderAttention:
+        outside = torch.tensor([1.8, 1.8, 0.01, 0.01]).expand(1, 4, 4)
+        assert attention(query, position, outside, tokens).eq(0).all()
+
+
+def test_weights_start_equal() -> None:
+    """On a constant map, away from the border, the sum of equal weights gives the constant."""
+    attention = DeformableEncoderAttention(channels=4, num_heads=2, num_levels=1, num_points=2)
+    torch.nn.init.eye_(attention.value_projection.weight)
+    torch.nn.init.eye_(attention.output_projection.weight)
+    tokens = random_tokens([(9, 9)], channels=4)
+    constant = tokens.with_features(torch.tensor([1.0, 2, 3, 4]).expand(1, 81, 4))
+    center = torch.full((1, 1, 1, 2), 0.5)
+    output = attention(torch.randn(1, 1, 4), torch.randn(1, 1, 4), center, constant)
+    torch.testing.assert_close(output[0, 0], torch.tensor([1.0, 2, 3, 4]))
+
+
+def test_locations_stay_in_float32_under_autocast() -> None:
+    """A bfloat16 location has steps of 1/256: two cells of a map of 500 columns."""
+    attention = DeformableEncoderAttention(channels=8, num_heads=2, num_levels=1, num_points=2)
+    tokens = random_tokens([(2, 500)])
+    reference = torch.full((1, 1, 1, 2), 0.7003)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        locations = attention.sampling_locations(torch.randn(1, 1, 8), reference, tokens)
+        output = attention(torch.randn(1, 1, 8), torch.randn(1, 1, 8), reference, tokens)
+    assert locations.dtype is torch.float32
+    torch.testing.assert_close(locations[0, 0, 0, 0, 0, 0].item(), 0.7003 + 1 / 500)
+    assert output.isfinite().all()
+
+
+def test_channels_must_fit_the_heads() -> None:
+    with pytest.raises(ValueError, match="channels=10 is not a multiple of num_heads=4"):
+        DeformableEncoderAttention(channels=10, num_heads=4)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    attention = DeformableEncoderAttention(channels=8, num_heads=2, num_levels=2, num_points=2)
+    tokens = random_tokens(SHAPES)
+    active = tokens.all_active()
+    output = attention(active.features, active.positions, active.reference_points, tokens)
+    output.square().sum().backward()
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert math.isfinite(output.sum().item())

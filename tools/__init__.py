@@ -1,0 +1,1 @@
+"""Commands of this repository. A package, so that the tests can import them."""
