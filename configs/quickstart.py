@@ -13,7 +13,11 @@ from detectron2.config import LazyCall as L
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from detectron2.solver import WarmupParamScheduler
-from fvcore.common.param_scheduler import CompositeParamScheduler, ConstantParamScheduler, CosineParamScheduler
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+)
 
 from .common.data.coco_detr import dataloader
 from .common.models.focus_detr import focus_detr
@@ -34,7 +38,9 @@ def narrow_resnet(widths):
                 out_channels=after,
                 norm="BN",
             )
-            for stride, before, after in zip([1, 2, 2, 2], [widths[0], *widths[:3]], widths)
+            for stride, before, after in zip(
+                [1, 2, 2, 2], [widths[0], *widths[:-1]], widths, strict=True
+            )
         ],
         out_features=["res3", "res4", "res5"],
     )
@@ -57,8 +63,7 @@ model = focus_detr(
     num_denoising_queries=15,
     num_detections=25,
 )
-for _loss in model.losses[:1]:
-    _loss.class_weight = 2.0
+model.losses[0].class_weight = 2.0
 
 dataloader.train.dataset.names = "quickstart_digits_train"
 dataloader.train.dataset.filter_empty = False
@@ -72,6 +77,8 @@ dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 0
 
 optimizer.lr = 2e-3
+# The backbone starts from random weights too: it learns as fast as the rest.
+optimizer.params.lr_factor_func = None
 train.output_dir = "output/quickstart"
 train.max_iter = 1500
 train.eval_period = 0

@@ -34,13 +34,15 @@ def test_the_backbone_learns_ten_times_slower(name: str, factor: float) -> None:
 
 def test_groups_of_the_optimizer() -> None:
     # Learning rates 1e-4 and 1e-5 (backbone); weight decay 1e-4, and 0 for normalizations.
+    conv, group_norm = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)
+    linear, layer_norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    conv.requires_grad_(False).weight.requires_grad_(True)
     model = nn.ModuleDict(
         {
-            "backbone": nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)),
-            "encoder": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+            "backbone": nn.Sequential(conv, group_norm),
+            "encoder": nn.Sequential(linear, layer_norm),
         }
     )
-    model["backbone"][0].bias.requires_grad = False
     config = load("optim", "AdamW")
     config.params.model = model
     optimizer = instantiate(config)
@@ -50,8 +52,6 @@ def test_groups_of_the_optimizer() -> None:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    conv, group_norm = model["backbone"]
-    linear, layer_norm = model["encoder"]
     assert len(found) == 7, "the frozen bias has no group"
     assert found[conv.weight] == pytest.approx((1e-5, 1e-4))
     assert found[group_norm.weight] == pytest.approx((1e-5, 0.0))

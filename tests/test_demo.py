@@ -137,6 +137,14 @@ def test_a_demo_needs_no_data_set(config_file: str, tmp_path: Path) -> None:
     assert predictor.draw(image, predictor(image)).get_image().shape == (32, 32, 3)
 
 
+def test_equal_detections_give_equal_pictures(config_file: str) -> None:
+    predictor = Predictor(load_config(config_file, []))
+    image = np.full((40, 40, 3), 128, dtype=np.uint8)
+    instances = predictor(image)
+    first, second = (predictor.draw(image, instances).get_image() for _ in range(2))
+    assert (first == second).all()
+
+
 def test_folders_patterns_and_files(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.PNG", "notes.txt"):
         (tmp_path / name).write_text("")

@@ -176,17 +176,13 @@ def compare_tokens(recorder: Recorder, comparison: Comparison, run: str) -> None
     tokens = recorder.one("tokens")
     for level, (height, width) in enumerate(tokens.spatial_shapes):
         if comparison.has(f"{run}neck/level{level}"):
-            comparison.close(
-                f"{run}neck/level{level}", recorder.one("neck")[level], FEATURES
-            )
+            comparison.close(f"{run}neck/level{level}", recorder.one("neck")[level], FEATURES)
             # A dimension of 1 in the fixture means: the same for all images.
             positions = recorder.calls["positions"][level]
             expected = comparison.fixture.tensors[f"{run}pos_embed/level{level}"]
             if len(expected) == 1:
                 assert torch.equal(positions, positions[:1].expand_as(positions))
-            comparison.close(
-                f"{run}pos_embed/level{level}", positions[: len(expected)], FEATURES
-            )
+            comparison.close(f"{run}pos_embed/level{level}", positions[: len(expected)], FEATURES)
         mask = tokens.split(tokens.padding_mask)[level].unflatten(1, (height, width))
         comparison.equal(f"{run}mask/level{level}", mask)
     if comparison.has(run + "spatial_shapes"):

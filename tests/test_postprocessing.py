@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import logit
 
 from efficient_detr.postprocessing import SigmoidTopK, to_instances
 from efficient_detr.structures import SetPrediction
+from tests.tiny_models import logit
 
 
 def test_best_pairs_of_query_and_class() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tests.tiny_models import random_tokens
 
 from efficient_detr.structures import (
     DecoderOutput,
@@ -12,6 +11,7 @@ from efficient_detr.structures import (
     TokenSelection,
     gather_tokens,
 )
+from tests.tiny_models import random_tokens
 
 SHAPES = [(3, 5), (2, 3), (1, 2)]  # 15 + 6 + 2 = 23 tokens
 

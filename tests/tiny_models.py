@@ -97,7 +97,9 @@ def image_input(
 
 
 def targets_of(
-    *images: list[list[float]], labels: list[list[int]] | None = None, size: tuple[int, int] = (64, 96)
+    *images: list[list[float]],
+    labels: list[list[int]] | None = None,
+    size: tuple[int, int] = (64, 96),
 ) -> list[Targets]:
     """Targets from normalised boxes (cx, cy, w, h); labels count up from 0 unless given."""
     return [

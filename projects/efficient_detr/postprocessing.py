@@ -44,8 +44,8 @@ class SigmoidTopK(nn.Module):
         boxes = gather_tokens(cxcywh_to_xyxy(prediction.boxes), indices // num_classes)
         classes = indices % num_classes
         return [
-            to_instances(*fields, size)
-            for *fields, size in zip(boxes, scores, classes, image_sizes, strict=True)
+            to_instances(boxes[image], scores[image], classes[image], size)
+            for image, size in enumerate(image_sizes)
         ]
 
 

@@ -77,7 +77,12 @@ def test_where_the_stride_sits():
 
 
 def test_arguments_of_each_block():
-    arguments: dict[str, Any] = {"in_channels": 8, "out_channels": 16, "bottleneck_channels": 4, "norm": ""}
+    arguments: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 16,
+        "bottleneck_channels": 4,
+        "norm": "",
+    }
     blocks: list[Any] = make_stage(
         BottleneckBlock, 3, stride_per_block=[2, 1, 1], dilation_per_block=[1, 2, 4], **arguments
     )

@@ -23,7 +23,9 @@ def test_sines_and_cosines_alternate() -> None:
     assert embedded[0].tolist() == pytest.approx(expected)
 
 
-def embed(mask: Tensor, channels: int = 4, temperature: float = 10000.0, offset: float = 0.0) -> Tensor:
+def embed(
+    mask: Tensor, channels: int = 4, temperature: float = 10000.0, offset: float = 0.0
+) -> Tensor:
     module = SinePositionEmbedding(channels=channels, temperature=temperature, offset=offset)
     return module(mask)
 

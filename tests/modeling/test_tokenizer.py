@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tests.tiny_models import padding_mask
 
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.tokenizer import (
@@ -13,6 +12,7 @@ from efficient_detr.modeling.tokenizer import (
     valid_size,
 )
 from efficient_detr.structures import FeatureTokens
+from tests.tiny_models import padding_mask
 
 SHAPES = [(8, 8), (4, 4), (2, 2), (1, 1)]
 STARTS = [0, 64, 80, 84]  # first token of each level; 85 in all

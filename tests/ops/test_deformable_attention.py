@@ -72,9 +72,7 @@ def test_equals_the_definition(formulation: Formulation, shapes: SpatialShapes) 
 
 @pytest.mark.parametrize("shapes", ODD_SHAPES)
 @pytest.mark.parametrize(("queries", "points", "heads"), [(1, 1, 1), (4, 2, 5), (17, 3, 2)])
-def test_formulations_agree(
-    shapes: SpatialShapes, queries: int, points: int, heads: int
-) -> None:
+def test_formulations_agree(shapes: SpatialShapes, queries: int, points: int, heads: int) -> None:
     inputs = arguments(shapes, queries=queries, points=points, heads=heads, channels=3)
     for tensor in (inputs[0], inputs[2], inputs[3]):
         tensor.requires_grad_()

@@ -15,6 +15,7 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from omegaconf import DictConfig, OmegaConf
 
 from efficient_detr.data.datasets import class_names, register_files
+from efficient_detr.data.seeding import temporary_seed
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import dataset_names
 from efficient_detr.errors import UserError
@@ -96,7 +97,10 @@ class Predictor:
         Returns:
             Detectron2's drawing; ``get_image()`` gives its pixels.
         """
-        drawing: VisImage = Visualizer(image, self.metadata).draw_instance_predictions(instances)
+        # The colours are drawn at random; equal detections shall give equal pictures.
+        with temporary_seed(0):
+            visualizer = Visualizer(image, self.metadata)
+            drawing: VisImage = visualizer.draw_instance_predictions(instances)
         return drawing
 
 

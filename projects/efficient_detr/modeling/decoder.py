@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,9 @@ class BoxQueryPosition(nn.Module):
         super().__init__()
         self.embedding = BoxPositionEmbedding(channels=channels, temperature=temperature)
         self.projection = MLP(sizes=[2 * channels, channels, channels])
+        for parameter in self.projection.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(self, reference_boxes: Tensor, memory: FeatureTokens) -> Tensor:
         """Map boxes (B, Q, 4) to positions (B, Q, C), seen from the finest level's padded frame."""
@@ -130,7 +134,8 @@ class TransformerDecoder(nn.Module):
         content = queries.content
         reference = start = queries.reference_boxes  # the same boxes, without and with gradient
         logits, boxes, references = [], [], []
-        for layer, head in zip(self.layers, self.heads, strict=True):
+        heads = cast(Iterable[PredictionHead], self.heads)
+        for layer, head in zip(self.layers, heads, strict=True):
             position = self.query_position(reference, memory)
             content = layer(content, position, reference, memory, queries.attention_mask)
             state = self.norm(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
@@ -90,7 +91,7 @@ class Detector(nn.Module):
 
 
 def _check_backbone(backbone: nn.Module, neck: ChannelMapper) -> None:
-    if not hasattr(backbone, "output_shape"):
+    if not isinstance(backbone, Backbone):
         return
     shapes = backbone.output_shape()
     for name, channels in zip(neck.in_features, neck.in_channels, strict=True):

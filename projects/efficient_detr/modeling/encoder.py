@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from efficient_detr.structures import (
     TokenSelection,
     gather_tokens,
 )
-import dataclasses
 
 
 class EncoderLayer(nn.Module):

@@ -22,24 +22,21 @@ class PredictionHead(nn.Module):
         prior_probability: class probability before training.
     """
 
-    def __init__(
-        self, *, channels: int, num_classes: int, prior_probability: float = 0.01
-    ) -> None:
+    def __init__(self, *, channels: int, num_classes: int, prior_probability: float = 0.01) -> None:
         super().__init__()
         self.class_layer = nn.Linear(channels, num_classes)
         prior = -math.log((1 - prior_probability) / prior_probability)
         nn.init.constant_(self.class_layer.bias, prior)
         self.box_layers = MLP(sizes=[channels, channels, channels, 4])
-        nn.init.zeros_(self.box_layers.layers[-1].weight)
-        for layer in self.box_layers.layers:
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.box_layers.output.weight)
+        nn.init.zeros_(self.box_layers.output.bias)
 
     def classify(self, features: Tensor) -> Tensor:
         """Class logits (..., K) of features (..., C), in float32 or better."""
         return _at_least_float32(self.class_layer(features))
 
     def regress(self, features: Tensor) -> Tensor:
-        """Correction (..., 4), in float32 or better, to be added to the logit of a reference box."""
+        """Correction (..., 4), in float32 or better, added to the logit of a reference box."""
         return _at_least_float32(self.box_layers(features))
 
 

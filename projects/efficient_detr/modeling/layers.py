@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 
@@ -46,11 +48,16 @@ class MLP(nn.Module):
     def __init__(self, *, sizes: list[int]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            xavier_linear(before, after) for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:], strict=True)
         )
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return cast(nn.Linear, self.layers[-1])
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (..., sizes[0]) to (..., sizes[-1])."""
         for layer in self.layers[:-1]:
             features = layer(features).relu()
-        return self.layers[-1](features)
+        return self.output(features)

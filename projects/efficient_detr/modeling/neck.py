@@ -1,4 +1,4 @@
-"""Channel mapper: backbone feature maps of different widths -> maps of one width, plus coarser ones.
+"""Channel mapper: backbone maps of different widths -> maps of one width, plus coarser ones.
 
 Deformable DETR, section 4.2 and appendix A.2: 1x1 convolutions on the backbone's maps; every extra
 level is a stride-2 3x3 convolution, the first on the last backbone map, the next on the level
@@ -55,7 +55,7 @@ class ChannelMapper(nn.Module):
         extra = num_levels - len(in_features)
         extra_channels = [in_channels[-1], *[channels] * extra][:extra]
         self.extra_convs = nn.ModuleList(
-            _conv_norm(before, channels, num_groups, kernel_size=3, stride=2, padding=1)
+            _conv_norm(before, channels, num_groups, kernel_size=3, stride=2)
             for before in extra_channels
         )
 
@@ -71,10 +71,17 @@ class ChannelMapper(nn.Module):
 
 
 def _conv_norm(
-    in_channels: int, channels: int, num_groups: int, *, kernel_size: int, **conv_arguments: int
+    in_channels: int, channels: int, num_groups: int, *, kernel_size: int, stride: int = 1
 ) -> Conv2d:
-    norm = nn.GroupNorm(num_groups, channels)
-    conv = Conv2d(in_channels, channels, kernel_size, norm=norm, **conv_arguments)
+    conv = Conv2d(
+        in_channels,
+        channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        norm=nn.GroupNorm(num_groups, channels),
+    )
     nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv

@@ -42,7 +42,9 @@ class SinePositionEmbedding(nn.Module):
     def __init__(self, *, channels: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
         if channels % 4:
-            raise ConfigError(f"position embedding channels must be a multiple of 4, not {channels}")
+            raise ConfigError(
+                f"position embedding channels must be a multiple of 4, not {channels}"
+            )
         self.channels = channels
         self.temperature = temperature
         self.offset = offset
@@ -73,6 +75,6 @@ class BoxPositionEmbedding(nn.Module):
         self.temperature = temperature
 
     def forward(self, boxes: Tensor) -> Tensor:
-        """Embed boxes (..., 4) as (cx, cy, w, h) in [0, 1] into (..., 2 C), in float32 or better."""
+        """Embed boxes (..., 4) as (cx, cy, w, h) in [0, 1] into (..., 2 C), float32 or better."""
         ordered = boxes[..., [1, 0, 2, 3]] * (2 * math.pi)
         return sine_embedding(ordered, self.channels // 2, self.temperature).flatten(-2)

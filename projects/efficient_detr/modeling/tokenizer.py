@@ -60,7 +60,7 @@ def resize_mask(padding_mask: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def valid_size(padding_mask: Tensor) -> Tensor:
-    """(B, 2) unpadded (width, height) in cells of a (B, H, W) mask, read off its first row/column."""
+    """(B, 2) unpadded (width, height) in cells of a (B, H, W) mask: of its first row and column."""
     valid = ~padding_mask
     return torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).float()
 

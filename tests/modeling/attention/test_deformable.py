@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import random_tokens
 
 from efficient_detr.modeling.attention import (
     DeformableDecoderAttention,
     DeformableEncoderAttention,
 )
 from efficient_detr.ops.deformable_attention import sample_by_grid_sample
+from tests.tiny_models import random_tokens
 
 SHAPES = [(4, 6), (2, 3)]
 
@@ -115,7 +115,9 @@ def test_padding_contributes_nothing(family: type) -> None:
     torch.nn.init.ones_(attention.value_projection.bias)
     tokens = random_tokens(SHAPES, sizes=[(16, 24)])
     query, position = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
-    reference = torch.rand(1, 4, 4) if family is DeformableDecoderAttention else torch.rand(1, 4, 2, 2)
+    reference = (
+        torch.rand(1, 4, 4) if family is DeformableDecoderAttention else torch.rand(1, 4, 2, 2)
+    )
     expected = attention(query, position, reference, tokens)
     changed = tokens.features.masked_fill(tokens.padding_mask.unsqueeze(-1), 1e6)
     output = attention(query, position, reference, tokens.with_features(changed))

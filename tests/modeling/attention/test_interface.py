@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import random_tokens
 
 from efficient_detr.modeling.attention import DecoderAttention, EncoderAttention
+from tests.tiny_models import random_tokens
 
 
 @pytest.mark.parametrize("interface", [EncoderAttention, DecoderAttention])

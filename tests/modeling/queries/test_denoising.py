@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import targets_of
 
 from efficient_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
 from efficient_detr.modeling.queries import ContrastiveDenoising
 from efficient_detr.modeling.queries.denoising import DenoisingNoise, denoising_mask
 from efficient_detr.structures import DenoisingGroups, Queries, Targets
+from tests.tiny_models import targets_of
 
 BOX_A, BOX_B, BOX_C = [0.5, 0.5, 0.2, 0.4], [0.3, 0.6, 0.1, 0.1], [0.7, 0.2, 0.3, 0.2]
 
@@ -120,7 +120,10 @@ def test_box_noise_statistics() -> None:
     inward = (sign[..., :2] > 0) & (sign[..., 2:] < 0)
     assert inward.float().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(
-        boxes[:, 1, 2:][inward[:, 1]], torch.tensor(1e-3).expand(int(inward[:, 1].sum())), rtol=2e-3, atol=0
+        boxes[:, 1, 2:][inward[:, 1]],
+        torch.tensor(1e-3).expand(int(inward[:, 1].sum())),
+        rtol=2e-3,
+        atol=0,
     )
     shift = (cxcywh_to_xyxy(boxes) - cxcywh_to_xyxy(box)) / (box[2:].repeat(2) / 2)
     positive, negative = (shift[:, i][~inward[:, i].repeat(1, 2)] for i in range(2))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import random_tokens
 
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
+from tests.tiny_models import random_tokens
 
 SHAPES = [(4, 8), (2, 4)]
 

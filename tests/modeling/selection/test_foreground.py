@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import random_tokens
 from torch import Tensor, nn
 
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
 from efficient_detr.modeling.selection import ForegroundScoreHead, ForegroundTokenSelector
+from tests.tiny_models import random_tokens
 
 SHAPES = [(6, 8), (3, 4), (2, 2)]  # 48 + 12 + 4 = 64 tokens
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import logit
 
 from efficient_detr.modeling.selection import (
     LogitProductScore,
     ObjectScore,
     ProbabilityProductScore,
 )
+from tests.tiny_models import logit
 
 CLASSES = torch.tensor([[[1.0, -3.0], [-5.0, -2.0], [-4.0, -6.0]]])
 

@@ -13,8 +13,8 @@ from efficient_detr.modeling.attention.deformable import (
     DeformableEncoderAttention,
 )
 from efficient_detr.modeling.attention.dense import SelfAttention
-from efficient_detr.modeling.attention.object import ObjectSelfAttention
 from efficient_detr.modeling.attention.interface import DecoderAttention, EncoderAttention
+from efficient_detr.modeling.attention.object import ObjectSelfAttention
 
 __all__ = [
     "DecoderAttention",

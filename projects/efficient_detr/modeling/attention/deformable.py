@@ -77,14 +77,10 @@ class MultiScaleDeformableAttention(nn.Module):
         value = self.value_projection(memory.features)
         value = value.masked_fill(memory.padding_mask.unsqueeze(-1), 0)
         value = value.unflatten(2, (self.num_heads, -1))  # (B, S, H, D)
-        sampled = multi_scale_deformable_attention(
-            value, memory.spatial_shapes, locations, weights
-        )
+        sampled = multi_scale_deformable_attention(value, memory.spatial_shapes, locations, weights)
         return self.output_projection(sampled)
 
-    def sampling_locations(
-        self, query: Tensor, reference: Tensor, memory: FeatureTokens
-    ) -> Tensor:
+    def sampling_locations(self, query: Tensor, reference: Tensor, memory: FeatureTokens) -> Tensor:
         """(B, Q, H, L, P, 2) sampling points (x, y); arguments as in `attend`.
 
         Offsets count in cells around a reference point, and in 1/P half-sizes of a reference box.
