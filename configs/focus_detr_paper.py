@@ -16,6 +16,6 @@ from efficient_detr.modeling.selection import ProbabilityProductScore
 from .focus_detr import dataloader, lr_multiplier, model, optimizer, train
 
 model.detector.encoder.object_score = L(ProbabilityProductScore)()
-model.detector.encoder.values = L(CurrentValues)()
+model.detector.encoder.value_source = L(CurrentValues)()
 model.losses[1].labels = L(BoxSizeForeground)(strides=[8, 16, 32, 64], ends=[64, 128, 256])
 train.output_dir = "output/focus_detr_paper"

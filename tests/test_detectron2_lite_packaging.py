@@ -3,7 +3,6 @@
 Whichever detectron2 is installed, these tests look at the folder.
 """
 
-import ast
 import importlib
 import os
 import shutil
@@ -18,44 +17,12 @@ from types import ModuleType
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "detectron2_lite"
-MOST_LINES = 4000  # of code: without docstrings, comments and blank lines
-
-
-def _docstring_lines(tree: ast.AST) -> int:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    lines = 0
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            text = node.body[0]
-            lines += (text.end_lineno or text.lineno) - text.lineno + 1
-    return lines
-
-
-def _lines_of_code(file: Path) -> int:
-    """Lines other than docstrings, comments, and blank lines outside docstrings."""
-    text = file.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        # Blank lines inside strings are lines of the string.
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            first, last = node.lineno, node.end_lineno or node.lineno
-            lines = text.splitlines()
-            lines[first - 1 : last] = [line or "in a string" for line in lines[first - 1 : last]]
-            text = "\n".join(lines)
-    written = [line.strip() for line in text.splitlines()]
-    return sum(bool(line) and line[0] != "#" for line in written) - _docstring_lines(tree)
-
-
-def test_counting_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(
-        '"""A module\n\nof two paragraphs."""\n\n# A comment.\nx = """a\n\nb"""\n\n\n'
-        'def f():\n    """One line."""\n    return 1  # code\n'
-    )
-    assert _lines_of_code(tmp_path / "a.py") == 3 + 2
+MOST_LINES = 3000  # of all .py files, with docstrings, comments and blank lines
 
 
 def test_it_stays_small() -> None:
-    lines = sum(_lines_of_code(file) for file in SOURCE.rglob("*.py"))
+    files = SOURCE.rglob("*.py")
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     assert 1000 < lines <= MOST_LINES
 
 
@@ -193,7 +160,7 @@ class Attack:
     def __reduce__(self):
         return print, ("code ran",)
 
-from detectron2.checkpoint.detection_checkpoint import _ArrayUnpickler
+from detectron2.checkpoint import _ArrayUnpickler
 try:
     _ArrayUnpickler(io.BytesIO(pickle.dumps(Attack()))).load()
 except pickle.UnpicklingError as error:

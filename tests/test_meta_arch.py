@@ -166,7 +166,7 @@ def test_boxes_are_scaled_to_the_wanted_size(height: int, width: int) -> None:
 
 
 def test_a_detection_ends_where_its_box_is() -> None:
-    """A stand-in detector with one box: the left half of an image of 64 x 96, wanted at 128 x 48."""
+    """A stand-in detector predicts the left half of an image of 64 x 96, wanted at 128 x 48."""
     model = tiny_model("dino", num_detections=1).eval()
     output = model.detector(torch.zeros(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
     boxes = torch.tensor([0.25, 0.5, 0.5, 1.0]).expand_as(output.decoder.boxes)

@@ -5,9 +5,11 @@ packages of the interpreter that asks for the build are looked at, also under bu
 keeps them from being imported but not from being seen.
 """
 
+import functools
 import site
 import sys
 import sysconfig
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -49,21 +51,16 @@ def refuse_to_replace_real_detectron2() -> None:
         )
 
 
-def build_wheel(*args: Any, **kwargs: Any) -> str:
-    refuse_to_replace_real_detectron2()
-    return build_meta.build_wheel(*args, **kwargs)
+def _guarded(hook: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(hook)
+    def build(*args: Any, **kwargs: Any) -> str:
+        refuse_to_replace_real_detectron2()
+        return hook(*args, **kwargs)
+
+    return build
 
 
-def build_editable(*args: Any, **kwargs: Any) -> str:
-    refuse_to_replace_real_detectron2()
-    return build_meta.build_editable(*args, **kwargs)
-
-
-def prepare_metadata_for_build_wheel(*args: Any, **kwargs: Any) -> str:
-    refuse_to_replace_real_detectron2()
-    return build_meta.prepare_metadata_for_build_wheel(*args, **kwargs)
-
-
-def prepare_metadata_for_build_editable(*args: Any, **kwargs: Any) -> str:
-    refuse_to_replace_real_detectron2()
-    return build_meta.prepare_metadata_for_build_editable(*args, **kwargs)
+build_wheel = _guarded(build_meta.build_wheel)
+build_editable = _guarded(build_meta.build_editable)
+prepare_metadata_for_build_wheel = _guarded(build_meta.prepare_metadata_for_build_wheel)
+prepare_metadata_for_build_editable = _guarded(build_meta.prepare_metadata_for_build_editable)

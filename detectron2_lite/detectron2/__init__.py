@@ -3,11 +3,8 @@
 import sys
 
 from detectron2._absent import AbsentModuleFinder, absent_name_getter
-from detectron2.utils.env import setup_environment
 
 __version__ = "0.6"
 __lite__ = True
 __getattr__ = absent_name_getter(__name__)
-
 sys.meta_path.append(AbsentModuleFinder())
-setup_environment()

@@ -15,9 +15,9 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import (
+    AMPTrainer,
     HookBase,
     SimpleTrainer,
-    TrainerBase,
     create_ddp_model,
     default_argument_parser,
     default_setup,
@@ -41,10 +41,19 @@ class Slope(nn.Module):
         return {"loss_a": self.w * x.mean(), "loss_b": 2 * self.w * x.mean()}
 
 
-def _trainer(model: nn.Module | None = None, **kwargs: Any) -> Any:
+def _trainer(model: nn.Module | None = None, kind: Any = SimpleTrainer) -> Any:
     model = model or Slope()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    return SimpleTrainer(model, itertools.repeat(torch.ones(2)), optimizer, **kwargs)
+    inputs = torch.ones(2, device=next(model.parameters()).device)
+    return kind(model, itertools.repeat(inputs), optimizer)
+
+
+def _failing_trainer() -> Any:
+    class Failing(Slope):
+        def forward(self, x: torch.Tensor) -> Any:
+            raise RuntimeError("broken step")
+
+    return _trainer(Failing())
 
 
 class Diary(HookBase):
@@ -88,12 +97,8 @@ def test_hooks_run_around_each_step() -> None:
 
 
 def test_after_train_runs_after_a_failure_too() -> None:
-    class Failing(TrainerBase):
-        def run_step(self) -> None:
-            raise RuntimeError("broken step")
-
     diary = Diary()
-    trainer = Failing()
+    trainer = _failing_trainer()
     trainer.register_hooks([diary])
     with pytest.raises(RuntimeError, match="broken step"):
         trainer.train(0, 5)
@@ -102,7 +107,7 @@ def test_after_train_runs_after_a_failure_too() -> None:
 
 def test_only_hooks_can_be_registered() -> None:
     with pytest.raises(AssertionError):
-        TrainerBase().register_hooks([object()])  # type: ignore[list-item]
+        _trainer().register_hooks([object()])  # type: ignore[list-item]
 
 
 def test_metrics_of_a_step() -> None:
@@ -128,23 +133,6 @@ def test_a_single_tensor_is_the_total_loss() -> None:
     assert trainer.model.w.item() == pytest.approx(9.5)
 
 
-@pytest.mark.parametrize("in_a_thread", [False, True])
-def test_metrics_are_gathered_periodically(in_a_thread: bool) -> None:
-    trainer = _trainer(gather_metric_period=2, async_write_metrics=in_a_thread)
-    trainer.train(0, 4)
-    iterations = [iteration for _, iteration in trainer.storage.history("total_loss").values()]
-    assert iterations == [1, 3]
-
-
-def test_prefixed_metrics() -> None:
-    trainer = _trainer()
-    with EventStorage(2) as storage:
-        trainer.iter = 2
-        trainer._write_metrics({"loss": torch.tensor(1.5)}, 0.25, prefix="val_")
-    assert storage.latest()["val_total_loss"] == (1.5, 2)
-    assert storage.latest()["data_time"] == (0.25, 2)
-
-
 def test_infinite_losses_stop_the_training() -> None:
     model = Slope()
     model.w.data.fill_(math.inf)
@@ -153,28 +141,49 @@ def test_infinite_losses_stop_the_training() -> None:
         trainer.train(0, 1)
 
 
+def test_gradients_do_not_add_up() -> None:
+    trainer = _trainer()
+    trainer.train(0, 3)
+    assert trainer.model.w.grad.item() == pytest.approx(3.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a CUDA device")
+def test_mixed_precision_scales_the_losses() -> None:
+    dtypes = []
+
+    class Mixed(Slope):
+        def forward(self, x: torch.Tensor) -> Any:
+            dtypes.append((x[None] @ x[:, None]).dtype)
+            return super().forward(x)
+
+    trainer = _trainer(Mixed().cuda(), AMPTrainer)
+    trainer.train(0, 2)
+    assert dtypes == [torch.float16, torch.float16]
+    assert trainer.model.w.item() == pytest.approx(7.0)
+    scale = trainer.state_dict()["grad_scaler"]["scale"]
+    assert scale > 1
+    other = _trainer(Slope().cuda(), AMPTrainer)
+    other.load_state_dict(
+        {
+            **trainer.state_dict(),
+            "grad_scaler": {**trainer.state_dict()["grad_scaler"], "scale": scale / 4},
+        }
+    )
+    assert other.grad_scaler.get_scale() == scale / 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a CUDA device")
+def test_mixed_precision_needs_cuda() -> None:
+    with pytest.raises(AssertionError, match="CUDA"), pytest.warns(UserWarning, match="CUDA"):
+        _trainer(kind=AMPTrainer).train(0, 1)
+
+
 def test_training_needs_training_mode() -> None:
     trainer = _trainer()
     trainer.model.eval()
     with pytest.raises(AssertionError, match="eval mode"):
         trainer.train(0, 1)
-
-
-@pytest.mark.parametrize("before_forward", [False, True])
-def test_gradients_do_not_add_up(before_forward: bool) -> None:
-    trainer = _trainer(zero_grad_before_forward=before_forward)
-    trainer.train(0, 3)
-    assert trainer.model.w.grad.item() == pytest.approx(3.0)
-
-
-def test_data_loaders_can_be_replaced() -> None:
-    trainer = _trainer()
-    trainer.train(0, 1)
-    trainer.reset_data_loader(lambda: [torch.full((2,), 2.0)])
-    with EventStorage() as trainer.storage:
-        trainer.run_step()
-    # 10 - 0.5 * 3, then 2 * 3 as gradient.
-    assert trainer.model.w.item() == pytest.approx(8.5 - 3.0)
 
 
 def _scheduled(folder: Path, model: nn.Module) -> tuple[Any, DetectionCheckpointer]:
@@ -213,8 +222,8 @@ def test_an_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> Non
 
 def test_states_of_unknown_hooks_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("detectron2").propagate = True
-    trainer = TrainerBase()
-    trainer.load_state_dict({"iteration": 4, "hooks": {"Gone": {}}})
+    trainer = _trainer()
+    trainer.load_state_dict({**trainer.state_dict(), "iteration": 4, "hooks": {"Gone": {}}})
     assert trainer.iter == 4
     assert "Gone" in caplog.text
 
@@ -228,12 +237,23 @@ def test_rates_are_stored_before_they_change() -> None:
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05])
 
 
-def test_the_reported_group() -> None:
-    a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    choose = hooks.LRScheduler.get_best_param_group_id
-    assert choose(torch.optim.SGD([{"params": [a]}, {"params": [b, c]}], lr=1)) == 1
-    groups: list[Any] = [{"params": [a], "lr": 3.0}, {"params": [b]}, {"params": [c]}]
-    assert choose(torch.optim.SGD(groups, lr=1.0)) == 1, "the commonest rate"
+@pytest.mark.parametrize(
+    ("sizes", "rates", "reported"),
+    [([1, 2], [3.0, 1.0], 1.0), ([1, 1, 1], [3.0, 1.0, 1.0], 1.0), ([2, 1], [3.0, 1.0], 3.0)],
+)
+def test_the_rate_of_the_largest_or_commonest_group_is_stored(
+    sizes: list[int], rates: list[float], reported: float
+) -> None:
+    trainer = _trainer()
+    groups = [
+        {"params": [nn.Parameter(torch.zeros(1)) for _ in range(size)], "lr": rate}
+        for size, rate in zip(sizes, rates, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    trainer.register_hooks([hooks.LRScheduler(optimizer, scheduler)])
+    trainer.train(0, 1)
+    assert trainer.storage.latest()["lr"] == (reported, 0)
 
 
 def test_evaluation_is_periodic_and_final(tmp_path: Path) -> None:
@@ -256,11 +276,7 @@ def test_evaluation_is_periodic_and_final(tmp_path: Path) -> None:
 
 
 def test_no_evaluation_after_a_failure() -> None:
-    class Failing(TrainerBase):
-        def run_step(self) -> None:
-            raise RuntimeError("broken step")
-
-    trainer = Failing()
+    trainer = _failing_trainer()
     trainer.register_hooks([hooks.EvalHook(0, lambda: pytest.fail("evaluated"))])
     with pytest.raises(RuntimeError, match="broken step"):
         trainer.train(0, 5)
@@ -269,35 +285,8 @@ def test_no_evaluation_after_a_failure() -> None:
 def test_results_are_numbers() -> None:
     trainer = _trainer()
     trainer.register_hooks([hooks.EvalHook(0, lambda: {"bbox": {"AP": "high"}})])
-    with pytest.raises(ValueError, match="bbox/AP"):
+    with pytest.raises(ValueError, match="high|bbox/AP"):
         trainer.train(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("mode", "values", "saved", "best"),
-    [
-        ("max", [0.3, 0.4, 0.35, 0.5], [1, 3, 8], 0.5),
-        ("min", [1.0, 0.8, 0.9, 0.9], [1, 3], 0.8),
-        ("max", [math.nan, 0.3, 0.3, 0.2], [3], 0.3),
-    ],
-)
-def test_best_checkpoints(
-    tmp_path: Path, mode: str, values: list[float], saved: list[int], best: float
-) -> None:
-    iterations = []
-
-    class Checkpointer(DetectionCheckpointer):
-        def save(self, name: str, **kwargs: Any) -> None:
-            assert name == "model_best"
-            iterations.append(kwargs["iteration"])
-
-    trainer = _trainer()
-    results = iter(values)
-    hook = hooks.BestCheckpointer(2, Checkpointer(trainer.model, str(tmp_path)), "AP", mode)
-    trainer.register_hooks([hooks.EvalHook(2, lambda: {"AP": next(results)}), hook])
-    trainer.train(0, 8)
-    assert iterations == saved
-    assert hook.best_metric == best
 
 
 def test_step_times(caplog: pytest.LogCaptureFixture) -> None:
@@ -310,30 +299,6 @@ def test_step_times(caplog: pytest.LogCaptureFixture) -> None:
     assert iterations == [2, 3, 4, 5]
     assert "Overall training speed: 4 iterations in 0:00:00" in caplog.text
     assert "Total training time: 0:00:00 (0:00:00 on hooks)" in caplog.text
-
-
-def test_callbacks_get_the_trainer() -> None:
-    seen: list[tuple[str, int]] = []
-    trainer = _trainer()
-    hook = hooks.CallbackHook(
-        before_train=lambda t: seen.append(("before", t.iter)),
-        after_step=lambda t: seen.append(("step", t.iter)),
-        after_train=lambda t: seen.append(("after", t.iter)),
-    )
-    trainer.register_hooks([hook])
-    trainer.train(0, 2)
-    assert seen == [("before", 0), ("step", 0), ("step", 1), ("after", 2)]
-
-
-def test_profiled_steps_leave_a_trace(tmp_path: Path) -> None:
-    trainer = _trainer()
-    profiler = hooks.TorchProfiler(
-        lambda trainer: trainer.iter == 1, str(tmp_path / "trace"), save_tensorboard=False
-    )
-    trainer.register_hooks([profiler, hooks.TorchMemoryStats(period=1)])
-    trainer.train(0, 3)
-    assert [path.name for path in (tmp_path / "trace").iterdir()] == ["profiler-trace-iter1.json"]
-    assert json.loads((tmp_path / "trace" / "profiler-trace-iter1.json").read_text())["traceEvents"]
 
 
 def test_default_writers(tmp_path: Path) -> None:

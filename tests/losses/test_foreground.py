@@ -83,8 +83,8 @@ def test_the_largest_side_distance_chooses_the_level() -> None:
 def test_range_ends_are_inclusive_and_begins_exclusive() -> None:
     """Boxes around one token, whose farthest side is exactly as far as a range ends.
 
-    On level 0, the token at (100, 100): left side at 36 is 64 away, at 35.75 it is too far. On level
-    1, the token at (104, 104): 64 belongs to level 0, 64.25 and 128 to level 1.
+    On level 0, the token at (100, 100): left side at 36 is 64 away, at 35.75 it is too far.
+    On level 1, the token at (104, 104): 64 belongs to level 0, 64.25 and 128 to level 1.
     """
     rule = SideDistanceForeground()
 

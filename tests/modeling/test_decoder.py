@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def test_query_position_is_seen_in_the_padded_frame_of_the_finest_level() -> Non
     torch.testing.assert_close(positions[1, 0], module.projection(module.embedding(box / 2)))
 
 
+def test_query_position_starts_xavier_uniform() -> None:
+    """From 2 C to C: within sqrt(6 / 3C), which is twice the bound of torch's default."""
+    layers: Any = BoxQueryPosition(channels=32).projection.layers
+    assert 0.9 < layers[0].weight.abs().max() / math.sqrt(6 / 96) <= 1
+
+
 def test_shapes() -> None:
     output = decoder(3)(queries(), random_tokens(SHAPES, batch=2))
     assert output.logits.shape == (3, 2, 5, 3)
@@ -91,7 +98,8 @@ def test_boxes_start_at_the_reference() -> None:
 
 
 def test_refinement_uses_raw_and_prediction_normed_features() -> None:
-    module, tokens, start = decoder(2), random_tokens(SHAPES, batch=2), queries()
+    module: Any = decoder(2)
+    tokens, start = random_tokens(SHAPES, batch=2), queries()
     output = module(start, tokens)
     content, reference = start.content, start.reference_boxes
     for index, (block, head) in enumerate(zip(module.layers, module.heads, strict=True)):
@@ -119,7 +127,7 @@ def test_look_forward_twice() -> None:
     Layer i + 1 adds its correction to the reference that layer i made, with its gradient; what
     layer i + 1 sees and hands on comes from the same reference without its gradient.
     """
-    module = decoder(3)
+    module: Any = decoder(3)
     output = module(queries(), random_tokens(SHAPES, batch=2))
     boxes_of = [head.box_layers for head in module.heads]
     reached = [[gradient_at(output.boxes[i], boxes_of[j]) > 0 for j in range(3)] for i in range(3)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
@@ -40,8 +41,11 @@ def run_training(model: EfficientDETR) -> tuple[DetectorOutput, dict[str, Tensor
 def test_children_are_in_order_of_execution(family: str) -> None:
     """FLOPs are reported by these stages."""
     names = [name for name, _ in tiny_model(family).detector.named_children()]
-    stages = ["backbone", "neck", "tokenizer", "selection", "encoder", "proposals", "queries", "denoising", "decoder"]
-    assert names == [name for name in stages if family == "focus_detr" or name != "selection"]
+    expected = ["backbone", "neck", "tokenizer", "selection", "encoder", "proposals", "queries"]
+    expected += ["denoising", "decoder"]
+    if family == "dino":
+        expected.remove("selection")
+    assert names == expected
 
 
 @both
@@ -57,8 +61,8 @@ def test_training_output(family: str) -> None:
     assert output.proposal is not None and output.proposal.boxes.shape == (2, 12, 4)
     assert (output.selection is None) is (family == "dino")
     if output.selection is not None:
-        # 128 tokens: int(64) + 1. The second image, 48 x 64 of 64 x 96 pixels: 6 x 8 + 3 x 4 + 2 x 2
-        # (rows 0, 32 are below 48; columns 0, 32 below 64) + 1 x 2 (columns 0 and 48): 66.
+        # 128 tokens: int(64) + 1. The second image, 48 x 64 of 64 x 96 pixels: 6 x 8 + 3 x 4 +
+        # 2 x 2 (rows 0, 32 are below 48; columns 0, 32 below 64) + 1 x 2 (columns 0, 48): 66.
         assert output.selection.counts.tolist() == [65, 34]
         assert output.selection.kept_tokens().tolist() == [[65, 34], [32, 32]]
 
@@ -200,7 +204,7 @@ def test_dino_predicts_the_same_in_a_padded_batch_as_alone() -> None:
 
 
 def test_padding_reaches_dino_through_the_query_positions_only() -> None:
-    """The counterpart: the size of the padded batch matters, the content of the padding does not."""
+    """The counterpart: the size of the batch matters, the content of its padding does not."""
     model, sizes = tiny_model("dino").eval(), [(64, 64), (128, 192)]
     images = [maps_of(*size) for size in sizes]
     first, second = (detect(model.detector, padded_batch(images), sizes) for _ in range(2))
@@ -220,8 +224,7 @@ def test_focus_detr_predicts_the_same_in_a_padded_batch_up_to_its_scores() -> No
     have equally many tokens here.
     """
     model = without_padded_query_positions(tiny_model("focus_detr"))
-    selection = model.detector.selection
-    assert selection is not None
+    selection: Any = model.detector.selection
     with torch.no_grad():
         selection.score_head.hidden[0].weight[:, 8:] = 0
         selection.modulation.zero_()
@@ -240,7 +243,7 @@ def test_padding_reaches_focus_detr_through_the_mean_of_a_level() -> None:
     assert alone is not None and batched is not None
     scores = alone.level_logits[0].unflatten(1, (16, 16))[0]
     scores_in_batch = batched.level_logits[0].unflatten(1, (16, 24))[0, :, :16]
-    assert (scores - scores_in_batch).abs().min() > 1e-5
+    assert (scores - scores_in_batch).abs().mean() > 1e-3
 
 
 def test_the_padding_mask_matters() -> None:
@@ -291,7 +294,12 @@ def test_parts_that_do_not_fit_together(family: str, changes: dict[str, Any], me
         instantiate(changed_config(family, **changes))
 
 
-class BackboneWithShapes(nn.Module):
+class BackboneWithShapes(Backbone):
+    """A Detectron2 backbone as far as the neck wants to know it."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        raise AssertionError("nothing runs that does not fit")
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {"res4": ShapeSpec(channels=12), "res5": ShapeSpec(channels=16)}
 

@@ -81,7 +81,8 @@ def test_layer_is_post_norm() -> None:
 
 
 def test_layer_hands_positions_and_reference_points_to_the_attention() -> None:
-    layer, tokens = plain_layer(), random_tokens(SHAPES)
+    layer: Any = plain_layer()
+    tokens = random_tokens(SHAPES)
     active = tokens.gather(torch.tensor([[5, 2]]))
     layer(active, tokens)
     ((query, position, reference_points, memory),) = layer.attention.calls
@@ -141,7 +142,7 @@ def test_only_selected_tokens_are_updated() -> None:
 @pytest.mark.parametrize("values", [CurrentValues(), InitialValues(), None])
 def test_what_the_layers_look_at(values: Any) -> None:
     tokens = random_tokens(SHAPES)
-    encoder = TransformerEncoder(layers=[plain_layer(), plain_layer()], values=values)
+    encoder: Any = TransformerEncoder(layers=[plain_layer(), plain_layer()], value_source=values)
     encoder(tokens, selection_of([[3, 8]], [[3, 8]], counts=[2]), None)
     first, second = (layer.attention.calls[0] for layer in encoder.layers)
     assert first[3].features is tokens.features
@@ -181,7 +182,7 @@ def test_every_parameter_gets_a_gradient() -> None:
         )
 
     encoder = TransformerEncoder(
-        layers=[layer(), layer()], values=InitialValues(), object_score=LogitProductScore()
+        layers=[layer(), layer()], value_source=InitialValues(), object_score=LogitProductScore()
     )
     tokens = random_tokens(SHAPES)
     selection = selection_of([list(range(10))], [list(range(5))], counts=[10])

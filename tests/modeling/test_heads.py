@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +31,15 @@ def test_boxes_start_at_their_reference() -> None:
     reference = torch.rand(6, 4) * 0.9 + 0.05
     boxes = (head.regress(torch.randn(6, 8)) + inverse_sigmoid(reference)).sigmoid()
     torch.testing.assert_close(boxes, reference)
+
+
+def test_hidden_box_layers_start_as_torch_starts_them() -> None:
+    """Uniform within 1 / sqrt(fan in), for weights and biases; only the last layer is zero."""
+    layers: Any = PredictionHead(channels=64, num_classes=3).box_layers.layers
+    for layer in layers[:-1]:
+        for tensor in (layer.weight, layer.bias):
+            assert 0.8 < tensor.abs().max() * 8 <= 1
+    assert layers[-1].weight.eq(0).all() and layers[-1].bias.eq(0).all()
 
 
 def test_predictions_are_float32_under_autocast() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def test_feed_forward_dropout_is_off_in_evaluation() -> None:
 
 def test_mlp_has_no_activation_after_the_last_layer() -> None:
     """Hand-made weights: relu(-2) = 0, relu(3) = 3, then -1 * 3 + 0.5 = -2.5."""
-    mlp = MLP(sizes=[1, 2, 1])
+    mlp: Any = MLP(sizes=[1, 2, 1])
     with torch.no_grad():
         mlp.layers[0].weight.copy_(torch.tensor([[-2.0], [3.0]]))
         mlp.layers[0].bias.zero_()
@@ -46,6 +47,6 @@ def test_mlp_has_no_activation_after_the_last_layer() -> None:
 
 
 def test_mlp_sizes() -> None:
-    mlp = MLP(sizes=[4, 6, 2, 3])
+    mlp: Any = MLP(sizes=[4, 6, 2, 3])
     assert [tuple(layer.weight.shape) for layer in mlp.layers] == [(6, 4), (2, 6), (3, 2)]
     assert mlp(torch.randn(5, 7, 4)).shape == (5, 7, 3)

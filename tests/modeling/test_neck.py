@@ -52,7 +52,8 @@ def test_every_level_is_normalised_by_group() -> None:
 
 
 def test_first_extra_level_reads_the_last_backbone_map_and_the_next_reads_it() -> None:
-    neck, features = mapper(), maps()
+    neck: Any = mapper()
+    features = maps()
     before = neck(features)
     with torch.no_grad():
         neck.convs[2].weight.normal_()  # the mapped res5, which no extra level reads

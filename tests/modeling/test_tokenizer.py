@@ -14,23 +14,23 @@ from efficient_detr.modeling.tokenizer import (
 from efficient_detr.structures import FeatureTokens
 from tests.tiny_models import padding_mask
 
-SHAPES = [(8, 8), (4, 4), (2, 2), (1, 1)]
-STARTS = [0, 64, 80, 84]  # first token of each level; 85 in all
+SHAPES = [(8, 16), (4, 8), (2, 4), (1, 2)]
+STARTS = [0, 128, 160, 168]  # first token of each level; 170 in all
 
 
 def build_tokens() -> tuple[FeatureTokens, list[torch.Tensor], FeatureTokenizer]:
-    """A batch of 64 x 64 pixels: one full image, and one of 32 rows and 48 columns."""
+    """A batch of 64 x 128 pixels: one full image, and one of 32 rows and 80 columns."""
     tokenizer = FeatureTokenizer(
         position_embedding=SinePositionEmbedding(channels=4, offset=-0.5), channels=4, num_levels=4
     )
     maps = [torch.randn(2, 4, *shape) for shape in SHAPES]
-    return tokenizer(maps, padding_mask([(64, 64), (32, 48)], (64, 64))), maps, tokenizer
+    return tokenizer(maps, padding_mask([(64, 128), (32, 80)], (64, 128))), maps, tokenizer
 
 
 def test_features_are_flattened_row_by_row_level_by_level() -> None:
     tokens, maps, _ = build_tokens()
     assert tokens.spatial_shapes == SHAPES
-    assert tokens.features.shape == (2, 85, 4)
+    assert tokens.features.shape == (2, 170, 4)
     for level, (start, (_, width)) in enumerate(zip(STARTS, SHAPES, strict=True)):
         row, column = SHAPES[level][0] - 1, 0
         token = tokens.features[:, start + row * width + column]
@@ -39,14 +39,15 @@ def test_features_are_flattened_row_by_row_level_by_level() -> None:
 
 
 def test_padding_mask_of_each_level() -> None:
-    """A cell takes the value of pixel floor(i * 64 / size).
+    """A cell takes the value of the pixel at i * stride.
 
-    Stride 8: 4 rows and 6 columns of the image. Stride 16: rows 0 and 16 are below 32, columns 0,
-    16 and 32 below 48. Stride 32: row 0 only, columns 0 and 32. Stride 64: the one cell is valid.
+    Stride 8: 4 rows and 10 columns of the image. Stride 16: rows 0 and 16 are below 32, columns 0
+    to 64 below 80. Stride 32: row 0 only, columns 0, 32 and 64. Stride 64: row 0, columns 0 and 64,
+    so that the whole level counts as image.
     """
     tokens, _, _ = build_tokens()
     assert not tokens.padding_mask[0].any()
-    valid = [(4, 6), (2, 3), (1, 2), (1, 1)]
+    valid = [(4, 10), (2, 5), (1, 3), (1, 2)]
     masks = tokens.split(tokens.padding_mask)
     for level, (rows, columns) in enumerate(valid):
         expected = torch.ones(SHAPES[level], dtype=torch.bool)
@@ -57,23 +58,24 @@ def test_padding_mask_of_each_level() -> None:
 def test_valid_ratios_are_width_then_height() -> None:
     tokens, _, _ = build_tokens()
     assert tokens.valid_ratios[0].tolist() == [[1, 1]] * 4
-    assert tokens.valid_ratios[1].tolist() == [[0.75, 0.5], [0.75, 0.5], [1, 0.5], [1, 1]]
+    assert tokens.valid_ratios[1].tolist() == [[0.625, 0.5], [0.625, 0.5], [0.75, 0.5], [1, 1]]
 
 
 def test_reference_points() -> None:
     tokens, _, _ = build_tokens()
     points = tokens.reference_points
-    assert points.shape == (2, 85, 4, 2)
+    assert points.shape == (2, 170, 4, 2)
     # The full image: the cell centre, the same on every level.
-    expected = torch.tensor([3.5 / 8, 2.5 / 8]).expand(4, 2)
-    torch.testing.assert_close(points[0, 2 * 8 + 3], expected)
-    # The smaller image: the first cell of level 0 is at (0.5 / 6, 0.5 / 4) of the image, which is
+    expected = torch.tensor([3.5 / 16, 2.5 / 8]).expand(4, 2)
+    torch.testing.assert_close(points[0, 2 * 16 + 3], expected)
+    # The smaller image: the first cell of level 0 is at (0.5 / 10, 0.5 / 4) of the image, which is
     # that times (valid columns / columns, valid rows / rows) of the padded map of each level.
-    x, y = 0.5 / 6, 0.5 / 4
-    expected = torch.tensor([[0.75 * x, 0.5 * y], [0.75 * x, 0.5 * y], [x, 0.5 * y], [x, y]])
+    x, y = 0.5 / 10, 0.5 / 4
+    expected = torch.tensor([[0.625 * x, y / 2], [0.625 * x, y / 2], [0.75 * x, y / 2], [x, y]])
     torch.testing.assert_close(points[1, 0], expected)
-    # Padding in column 7: at 7.5 / 6 of the image's width, beyond the levels that have no padding.
-    torch.testing.assert_close(points[1, 7, :, 0], 7.5 / 6 * torch.tensor([0.75, 0.75, 1, 1]))
+    # Padding in column 15: at 15.5 / 10 of the image's width, beyond a level without padding.
+    expected = 15.5 / 10 * torch.tensor([0.625, 0.625, 0.75, 1])
+    torch.testing.assert_close(points[1, 15, :, 0], expected)
 
 
 def test_positions_are_the_sine_embedding_plus_the_level() -> None:

@@ -61,7 +61,7 @@ def focus_detr(
         )
         for _ in layer_keep_ratios
     ]
-    model.detector.encoder.values = L(InitialValues)()
+    model.detector.encoder.value_source = L(InitialValues)()
     model.detector.encoder.object_score = L(LogitProductScore)()
     model.losses.append(
         L(ForegroundLoss)(

@@ -1,12 +1,10 @@
-"""Configuration files written in Python: loading, overriding and saving them."""
+"""Configuration files in Python: loading, overriding, saving them, and building their objects."""
 
 import builtins
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
@@ -14,12 +12,12 @@ from typing import Any
 import cloudpickle
 import yaml
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import _convert_target_to_string
+from detectron2.utils.registry import _convert_target_to_string, locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
 _CONFIG_PACKAGE = "detectron2._cfg_loader"  # marks the globals of configuration files
 _FLAGS = {"allow_objects": True}
-Keys = str | tuple[str, ...] | None
 
 
 class LazyCall:
@@ -36,8 +34,7 @@ class LazyCall:
         self._target = _convert_target_to_string(target) if is_dataclass(target) else target
 
     def __call__(self, **kwargs: Any) -> DictConfig:
-        kwargs["_target_"] = self._target
-        return DictConfig(kwargs, flags=_FLAGS)
+        return DictConfig({**kwargs, "_target_": self._target}, flags=_FLAGS)
 
 
 def _as_config(value: Any) -> Any:
@@ -58,16 +55,15 @@ def _find_relative_import(importer: str, name: str, level: int) -> str:
     for _ in range(level):
         importer = os.path.dirname(importer)
     target = os.path.join(importer, *name.split("."))
-    if PathManager.isfile(target + ".py"):
-        return target + ".py"
-    if PathManager.isdir(target):
-        raise ImportError(f"{target} is a directory: a relative import in a config needs a file.")
-    raise ImportError(f"Cannot import the config {target}.py: it does not exist.")
+    if not PathManager.isfile(target + ".py"):
+        raise ImportError(
+            f"A relative import in a config needs a file: {target}.py does not exist."
+        )
+    return target + ".py"
 
 
-@contextmanager
-def _config_imports() -> Iterator[None]:
-    """Gives relative imports inside configuration files their own meaning.
+def _run_with_relative_imports(path: str) -> dict[str, Any]:
+    """The globals of a configuration file, in which relative imports have their own meaning.
 
     They find files by path, whatever the packages; they run the file anew each time, so no edit of
     a loaded configuration leaks into the next; and dictionaries arrive as DictConfig.
@@ -88,40 +84,35 @@ def _config_imports() -> Iterator[None]:
 
     builtins.__import__ = import_config
     try:
-        yield
+        return vars(_run_config_file(path))
     finally:
         builtins.__import__ = original
 
 
-def _name_targets(cfg: Any) -> None:
-    """Replaces, everywhere below ``cfg``, callable targets by their dotted names."""
-    if isinstance(cfg, DictConfig) and hasattr(cfg.get("_target_"), "__qualname__"):
-        cfg._target_ = _convert_target_to_string(cfg._target_)
-    if isinstance(cfg, (DictConfig, ListConfig)):
-        for value in cfg.values() if isinstance(cfg, DictConfig) else cfg:
-            _name_targets(value)
+def _with_named_targets(value: Any) -> Any:
+    """A copy of plain containers in which callable targets are replaced by their dotted names."""
+    if isinstance(value, list):
+        return [_with_named_targets(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    copied = {key: _with_named_targets(item) for key, item in value.items()}
+    if hasattr(copied.get("_target_"), "__qualname__"):
+        copied["_target_"] = _convert_target_to_string(copied["_target_"])
+    return copied
 
 
 class LazyConfig:
     """Loads, saves and overrides configurations of lazily constructed objects."""
 
     @staticmethod
-    def load_rel(filename: str, keys: Keys = None) -> Any:
-        """:meth:`load` of a path relative to the source file of the caller."""
-        caller = sys._getframe(1).f_code.co_filename
-        return LazyConfig.load(os.path.join(os.path.dirname(caller), filename), keys)
-
-    @staticmethod
-    def load(filename: str, keys: Keys = None) -> Any:
+    def load(filename: str, keys: str | tuple[str, ...] | None = None) -> Any:
         """Loads a ``.py``, ``.yaml`` or ``.yml`` configuration file (else ValueError).
 
         A name as ``keys`` returns that object, a tuple of names a tuple of objects, None all the
         configurations in the file, without private names, as one DictConfig.
         """
-        filename = filename.replace("/./", "/")
         if filename.endswith(".py"):
-            with _config_imports():
-                loaded: Any = vars(_run_config_file(filename))
+            loaded: Any = _run_with_relative_imports(filename.replace("/./", "/"))
         elif filename.endswith((".yaml", ".yml")):
             with PathManager.open(filename) as file:
                 loaded = OmegaConf.create(yaml.unsafe_load(file), flags=_FLAGS)
@@ -143,37 +134,59 @@ class LazyConfig:
         What YAML cannot bring back (a lambda) is pickled to ``filename + ".pkl"``, with a warning.
         """
         try:
-            cfg = deepcopy(cfg)
-            _name_targets(cfg)
             # Interpolations stay as written; dataclasses keep their names.
             container = OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
-            text = yaml.dump(container, default_flow_style=None, allow_unicode=True, width=9999)
+            named = _with_named_targets(container)
+            text = yaml.dump(named, default_flow_style=None, allow_unicode=True, width=9999)
             with PathManager.open(filename, "w") as file:
                 file.write(text)
             yaml.unsafe_load(text)
         except Exception as error:
-            logger = logging.getLogger(__name__)
-            logger.warning("%s cannot be loaded again (%s).", filename, error)
+            message = "%s cannot be loaded again (%s): the config is pickled to %s.pkl."
+            logging.getLogger(__name__).warning(message, filename, error, filename)
             with suppress(Exception), PathManager.open(filename + ".pkl", "wb") as file:
                 cloudpickle.dump(cfg, file)
-                logger.warning("Config is saved using cloudpickle at %s.pkl.", filename)
 
     @staticmethod
     def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-        """Applies overrides such as ``"train.seed=3"`` (Hydra's grammar) to ``cfg``, in place.
+        """Applies ``path.key=value`` overrides in Hydra's grammar, in place; new keys are allowed.
 
-        KeyError for a key below a value; NotImplementedError for a deletion (``~key``).
+        KeyError if a key lies below a plain value; NotImplementedError for deletions (``~key``).
         """
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
         for override in OverridesParser.create().parse_overrides(overrides):
             if override.is_delete():
                 raise NotImplementedError(f"{override.input_line}: keys cannot be deleted.")
             key = override.key_or_group
-            parents = [key[:end] for end, letter in enumerate(key) if letter == "."]
-            for parent in parents:
-                value = OmegaConf.select(cfg, parent, default=None)
+            for end in (index for index, letter in enumerate(key) if letter == "."):
+                value = OmegaConf.select(cfg, key[:end], default=None)
                 if value is not None and not OmegaConf.is_config(value):
-                    raise KeyError(f"{key} cannot be set: {parent} is the value {value!r}.")
+                    raise KeyError(f"{key} cannot be set: {key[:end]} is the value {value!r}.")
             OmegaConf.update(cfg, key, override.value(), merge=True)
         return cfg
+
+
+def instantiate(cfg: Any) -> Any:
+    """Builds the object that ``cfg`` describes.
+
+    A mapping with ``_target_`` (a callable, its dotted name or a configuration of one) becomes the
+    result of calling the target with the other entries, which are instantiated first. Lists are
+    instantiated element by element, structured configurations become their dataclass, and whatever
+    is left is returned as it is. A TypeError from a call is logged with the name of its target.
+    """
+    if isinstance(cfg, ListConfig):
+        return ListConfig([instantiate(x) for x in cfg], flags={"allow_objects": True})
+    if isinstance(cfg, list):
+        return [instantiate(x) for x in cfg]
+    if isinstance(cfg, DictConfig) and is_dataclass(cfg._metadata.object_type):
+        return OmegaConf.to_object(cfg)
+    if not (isinstance(cfg, Mapping) and "_target_" in cfg):
+        return cfg
+    arguments = {key: instantiate(value) for key, value in cfg.items()}
+    target = instantiate(arguments.pop("_target_"))
+    target = locate(target) if isinstance(target, str) else target
+    assert callable(target), f"_target_ {target!r} is not callable."
+    try:
+        return target(**arguments)
+    except TypeError:
+        logging.getLogger(__name__).error("Error when instantiating %s!", target)
+        raise

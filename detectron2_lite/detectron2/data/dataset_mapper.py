@@ -24,15 +24,18 @@ class DatasetMapper:
         image_format: str,
         use_instance_mask: bool = False,
         use_keypoint: bool = False,
+        instance_mask_format: str = "polygon",
+        keypoint_hflip_indices: Any = None,
+        precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
     ) -> None:
         """Set up the mapping; annotations are kept only if ``is_train``.
 
-        ``image_format``: see ``detection_utils.read_image``. The last three must be False here:
-        NotImplementedError.
+        ``image_format``: see ``detection_utils.read_image``. The arguments for masks, keypoints
+        and proposals must keep their defaults here: NotImplementedError.
         """
-        if use_instance_mask or use_keypoint or recompute_boxes:
-            raise NotImplementedError(absence_message("mapping of masks and keypoints"))
+        if use_instance_mask or use_keypoint or recompute_boxes or precomputed_proposal_topk:
+            raise NotImplementedError(absence_message("mapping of masks, keypoints, proposals"))
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format

@@ -81,6 +81,8 @@ def transform_instance_annotations(
     annotation: dict[str, Any],
     transforms: T.Transform | Sequence[T.Transform],
     image_size: tuple[int, int],
+    *,
+    keypoint_hflip_indices: Any = None,
 ) -> dict[str, Any]:
     """Apply the transforms of an image to one of its objects, in place.
 
@@ -105,7 +107,7 @@ def transform_instance_annotations(
 
 
 def annotations_to_instances(
-    annos: Sequence[dict[str, Any]], image_size: tuple[int, int]
+    annos: Sequence[dict[str, Any]], image_size: tuple[int, int], mask_format: str = "polygon"
 ) -> Instances:
     """T objects of an image (height, width) as Instances: ``gt_boxes``, ``gt_classes`` (int64).
 

@@ -1,20 +1,25 @@
-"""The usual beginning of a training script."""
+"""The usual beginning of a training script, and one process per GPU."""
 
 import argparse
 import os
+import socket
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2._absent import absent_name_getter
 from detectron2.config import LazyConfig
 from detectron2.utils import comm, events
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 __getattr__ = absent_name_getter(__name__)
@@ -31,17 +36,14 @@ def create_ddp_model(
         return model
     ddp = DistributedDataParallel(model, **{"device_ids": [comm.get_local_rank()], **kwargs})
     if fp16_compression:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+        ddp.register_comm_hook(state=None, hook=fp16_compress_hook)
     return ddp
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """The options that Detectron2's scripts share, followed by ``path.key=value`` overrides."""
     example = f"Example: {sys.argv[0]} --config-file FILE --num-gpus 8 train.output_dir=./output"
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(epilog=epilog or example, formatter_class=layout)
+    parser = argparse.ArgumentParser(epilog=epilog or example)
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="path of the config file")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -57,12 +59,6 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     return parser
 
 
-def _select(cfg: DictConfig, *keys: str, default: Any = None) -> Any:
-    """The value at the first of the keys that exists."""
-    values = (OmegaConf.select(cfg, key, default=_select) for key in keys)
-    return next((value for value in values if value is not _select), default)
-
-
 def default_setup(cfg: DictConfig, args: Any) -> None:
     """Sets up loggers, records the environment and the config, and seeds this process.
 
@@ -70,12 +66,14 @@ def default_setup(cfg: DictConfig, args: Any) -> None:
     negative is random), ``train.cudnn_benchmark`` and ``train.float32_precision`` of the config,
     and ``config_file`` and ``eval_only`` of the arguments, as far as they exist.
     """
-    output_dir = _select(cfg, "OUTPUT_DIR", "output_dir", "train.output_dir")
+    train = OmegaConf.select(cfg, "train", default={})
+    output_dir = train.get("output_dir")
     rank = comm.get_rank()
-    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
-    logger = setup_logger(output_dir, distributed_rank=rank)
+    setup_logger(output_dir, rank, name="fvcore")
+    logger = setup_logger(output_dir, rank)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Environment info:\n%s", collect_env_info())
+    versions = f"Python {sys.version}\nPyTorch {torch.__version__}, {torch.__config__.show()}"
+    logger.info("Environment info:\n%s", versions)
     logger.info("Command line arguments: %s", args)
     if config_file := getattr(args, "config_file", ""):
         with PathManager.open(config_file) as file:
@@ -84,13 +82,11 @@ def default_setup(cfg: DictConfig, args: Any) -> None:
         path = os.path.join(output_dir, "config.yaml")
         LazyConfig.save(cfg, path)
         logger.info("Full config saved to %s", path)
-
-    seed = _select(cfg, "SEED", "train.seed", default=-1)
+    seed = train.get("seed", -1)
     seed_all_rng(None if seed < 0 else seed + rank)
     if not getattr(args, "eval_only", False):  # trying algorithms costs more than it saves there
-        keys = "CUDNN_BENCHMARK", "train.cudnn_benchmark"
-        torch.backends.cudnn.benchmark = _select(cfg, *keys, default=False)
-    precision = _select(cfg, "FLOAT32_PRECISION", "train.float32_precision", default="")
+        torch.backends.cudnn.benchmark = train.get("cudnn_benchmark", False)
+    precision = train.get("float32_precision", "")
     if precision and torch.cuda.is_available():
         logger.info("Set fp32 precision to %s", precision)
         torch.set_float32_matmul_precision(precision)
@@ -103,3 +99,52 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[events
     json_writer = events.JSONWriter(os.path.join(output_dir, "metrics.json"))
     printer = events.CommonMetricPrinter(max_iter)
     return [printer, json_writer, events.TensorboardXWriter(output_dir)]
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: tuple[Any, ...] = (),
+    timeout: timedelta = timedelta(minutes=30),
+) -> None:
+    """Calls ``main_func(*args)`` in as many processes as asked for; to be run on every machine.
+
+    A single process is this one, without a process group. Otherwise the processes are spawned (so
+    pickle has to find the function by name), meet at ``dist_url`` ("auto" takes a free port of this
+    machine), and talk over NCCL, or over gloo where there is no GPU.
+    """
+    world_size = num_machines * num_gpus_per_machine
+    if world_size <= 1:
+        main_func(*args)
+        return
+    if dist_url == "auto":
+        assert num_machines == 1, "dist_url 'auto' works on a single machine only."
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    first_rank = machine_rank * num_gpus_per_machine
+    group = {"init_method": dist_url, "world_size": world_size, "timeout": timeout}
+    worker_args = (main_func, args, num_gpus_per_machine, first_rank, group)
+    mp.start_processes(_run_worker, nprocs=num_gpus_per_machine, args=worker_args, daemon=False)
+
+
+def _run_worker(
+    local_rank: int,
+    main_func: Callable[..., Any],
+    args: tuple[Any, ...],
+    num_processes: int,
+    first_rank: int,
+    group: dict[str, Any],
+) -> None:
+    if has_gpu := torch.cuda.is_available():
+        found = torch.cuda.device_count()
+        assert num_processes <= found, f"{num_processes} GPUs were asked for, {found} are here."
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend=backend, rank=first_rank + local_rank, **group)
+    comm.create_local_process_group(num_processes)
+    comm.synchronize()  # nobody starts, and times out, while others still set up
+    main_func(*args)

@@ -4,7 +4,9 @@ from detectron2._absent import absence_message
 from detectron2.structures import Instances
 
 
-def detector_postprocess(results: Instances, output_height: int, output_width: int) -> Instances:
+def detector_postprocess(
+    results: Instances, output_height: int, output_width: int, mask_threshold: float = 0.5
+) -> Instances:
     """Scale ``pred_boxes`` from ``results.image_size`` to another image size, in place.
 
     Returns new Instances of that image size with the boxes clipped to it and without empty ones.

@@ -26,12 +26,9 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-@functools.cache
 def create_local_process_group(num_workers_per_machine: int) -> None:
     """Groups the processes of each machine; all of them must call it, ``launch`` does."""
     global _local_process_group
-    assert _local_process_group is None, "The local process group exists already."
-    assert get_world_size() % num_workers_per_machine == 0, "Machines run equally many processes."
     for first in range(0, get_world_size(), num_workers_per_machine):
         ranks = list(range(first, first + num_workers_per_machine))
         group = dist.new_group(ranks)  # every process takes part in making every group
@@ -39,21 +36,18 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
             _local_process_group = group
 
 
-def get_local_process_group() -> Any:
-    """The processes on this machine; AssertionError if they were never grouped."""
-    assert _local_process_group is not None, (
-        "There is no local process group: start the processes with detectron2's launch(), or call "
-        "comm.create_local_process_group() after torch.distributed.init_process_group()."
-    )
-    return _local_process_group
-
-
 def get_local_rank() -> int:
-    return dist.get_rank(group=get_local_process_group()) if _is_distributed() else 0
+    return dist.get_rank(_get_local_group()) if _is_distributed() else 0
 
 
 def get_local_size() -> int:
-    return dist.get_world_size(group=get_local_process_group()) if _is_distributed() else 1
+    return dist.get_world_size(_get_local_group()) if _is_distributed() else 1
+
+
+def _get_local_group() -> Any:
+    advice = "There is no local process group: start the processes with detectron2's launch()."
+    assert _local_process_group is not None, advice
+    return _local_process_group
 
 
 def synchronize() -> None:
@@ -69,24 +63,19 @@ def _get_global_gloo_group() -> Any:
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
 
 
-def all_gather(data: Any, group: Any = None) -> list[Any]:
+def all_gather(data: Any) -> list[Any]:
     """Any picklable object from each process, by rank."""
-    if get_world_size() == 1:
-        return [data]
-    group = group or _get_global_gloo_group()
-    gathered = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, data, group=group)
+    gathered = [data] * get_world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, data, group=_get_global_gloo_group())
     return gathered
 
 
-def gather(data: Any, dst: int = 0, group: Any = None) -> list[Any]:
+def gather(data: Any, dst: int = 0) -> list[Any]:
     """As :func:`all_gather` on rank ``dst``; [] on the others."""
-    if get_world_size() == 1:
-        return [data]
-    group = group or _get_global_gloo_group()
-    is_destination = dist.get_rank(group) == dst
-    gathered: list[Any] = [None] * dist.get_world_size(group) if is_destination else []
-    dist.gather_object(data, gathered or None, dst=dst, group=group)
+    gathered = [data] * get_world_size() if get_rank() == dst else []
+    if get_world_size() > 1:
+        dist.gather_object(data, gathered or None, dst=dst, group=_get_global_gloo_group())
     return gathered
 
 
@@ -95,14 +84,12 @@ def shared_random_seed() -> int:
     return all_gather(np.random.randint(2**31))[0]
 
 
-def reduce_dict(input_dict: dict[str, Any], average: bool = True) -> dict[str, Any]:
-    """Means (or sums) of scalar tensors over all processes; only rank 0 gets the right values."""
+def reduce_dict(input_dict: dict[str, Any]) -> dict[str, Any]:
+    """Means of scalar tensors over all processes; only rank 0 gets the right values."""
     if get_world_size() == 1:
         return input_dict
     names = sorted(input_dict)  # the same order everywhere
     with torch.no_grad():
         values = torch.stack([input_dict[name] for name in names])
         dist.reduce(values, dst=0)
-        if average and is_main_process():
-            values /= get_world_size()
-    return dict(zip(names, values, strict=True))
+        return dict(zip(names, values / get_world_size(), strict=True))

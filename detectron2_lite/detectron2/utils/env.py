@@ -1,4 +1,4 @@
-"""Set-up of the process: random seeds and library switches."""
+"""Random seeds."""
 
 import logging
 import os
@@ -6,8 +6,6 @@ import random
 
 import numpy as np
 import torch
-
-TORCH_VERSION: tuple[int, ...] = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def seed_all_rng(seed: int | None = None) -> None:
@@ -19,8 +17,3 @@ def seed_all_rng(seed: int | None = None) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)  # seeds the CUDA generators too
     os.environ["PYTHONHASHSEED"] = str(seed)
-
-
-def setup_environment() -> None:
-    """Keeps OpenCL, whose context interferes with CUDA, out of an OpenCV imported later."""
-    os.environ["OPENCV_OPENCL_RUNTIME"] = "disabled"

@@ -1,14 +1,12 @@
-"""Scalars and images of a training run, and the writers that pass them on."""
+"""Scalars of a training run, and the writers that pass them on."""
 
 import datetime
 import json
 import logging
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,21 +24,15 @@ def get_event_storage() -> "EventStorage":
     return _storages[-1]
 
 
-def has_event_storage() -> bool:
-    """Whether :func:`get_event_storage` would find one."""
-    return bool(_storages)
-
-
 class EventStorage:
     """The history of every scalar by iteration; a context manager."""
 
     def __init__(self, start_iter: int = 0) -> None:
         self.iter = start_iter
-        self._history: defaultdict[str, HistoryBuffer] = defaultdict(HistoryBuffer)
+        self._history: dict[str, HistoryBuffer] = {}
         self._smoothing_hints: dict[str, bool] = {}
         self._latest: dict[str, tuple[float, int]] = {}
         self._prefix = ""
-        self._images: list[tuple[str, Any, int]] = []
 
     def __enter__(self) -> "EventStorage":
         _storages.append(self)
@@ -49,39 +41,21 @@ class EventStorage:
     def __exit__(self, *exception: object) -> None:
         assert _storages.pop() is self, "EventStorages have to be left in order."
 
-    def step(self) -> None:
-        """Goes to the next iteration."""
-        self.iter += 1
-
-    def put_scalar(
-        self, name: str, value: Any, smoothing_hint: bool = True, cur_iter: int | None = None
-    ) -> None:
+    def put_scalar(self, name: str, value: Any, smoothing_hint: bool = True) -> None:
         """Adds a number; the hint says that it is noisy, and has to stay the same."""
         name = self._prefix + name
-        cur_iter = self.iter if cur_iter is None else cur_iter
         known = self._smoothing_hints.setdefault(name, smoothing_hint)
         assert known == smoothing_hint, f"Scalar {name} had another smoothing_hint before."
-        self._history[name].update(float(value), cur_iter)
-        self._latest[name] = (float(value), cur_iter)  # last: a thread may be reading meanwhile
+        self._history.setdefault(name, HistoryBuffer()).update(float(value), self.iter)
+        self._latest[name] = (float(value), self.iter)
 
-    def put_scalars(
-        self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: Any
-    ) -> None:
+    def put_scalars(self, *, smoothing_hint: bool = True, **kwargs: Any) -> None:
         """:meth:`put_scalar` for each keyword argument."""
         for name, value in kwargs.items():
-            self.put_scalar(name, value, smoothing_hint, cur_iter)
-
-    def put_image(self, img_name: str, img_tensor: Any) -> None:
-        """Keeps an RGB image (3, H, W), uint8 or float in [0, 1], for TensorBoard."""
-        self._images.append((img_name, img_tensor, self.iter))
-
-    def clear_images(self) -> None:
-        self._images = []
+            self.put_scalar(name, value, smoothing_hint)
 
     def history(self, name: str) -> HistoryBuffer:
         """All values of a scalar; KeyError if there are none."""
-        if name not in self._history:
-            raise KeyError(f"No scalar {name} was put into the storage.")
         return self._history[name]
 
     def histories(self) -> dict[str, HistoryBuffer]:
@@ -94,7 +68,7 @@ class EventStorage:
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
         """:meth:`latest`, but medians over the last ``window_size`` iterations if noisy."""
         smoothed = {}
-        for name, (value, iteration) in list(self._latest.items()):
+        for name, (value, iteration) in self._latest.items():
             if self._smoothing_hints[name]:
                 value = self._history[name].median(self.count_samples(name, window_size))
             smoothed[name] = (value, iteration)
@@ -103,12 +77,7 @@ class EventStorage:
     def count_samples(self, name: str, window_size: int = 20) -> int:
         """Number of values that a scalar got within its last ``window_size`` iterations."""
         values = self._history[name].values()
-        first = values[-1][1] - window_size + 1
-        older = (count for count, (_, i) in enumerate(reversed(values)) if i < first)
-        return next(older, len(values))
-
-    def smoothing_hints(self) -> dict[str, bool]:
-        return self._smoothing_hints
+        return sum(iteration > values[-1][1] - window_size for _, iteration in values)
 
     @contextmanager
     def name_scope(self, name: str) -> Iterator[None]:
@@ -146,40 +115,33 @@ class JSONWriter(EventWriter):
     def write(self) -> None:
         lines: defaultdict[int, dict[str, float]] = defaultdict(dict)
         for name, value, iteration in self._new_scalars(self._window_size):
-            lines[iteration][name] = value
-        for iteration, scalars in lines.items():
-            line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True)
-            self._file_handle.write(line + "\n")
+            lines[iteration].update({name: value, "iteration": iteration})
+        for scalars in lines.values():
+            self._file_handle.write(json.dumps(scalars, sort_keys=True) + "\n")
         self._file_handle.flush()
-        if hasattr(self._file_handle, "fileno"):  # remote files have none
-            os.fsync(self._file_handle.fileno())
+        os.fsync(self._file_handle.fileno())
 
     def close(self) -> None:
         self._file_handle.close()
 
 
 class TensorboardXWriter(EventWriter):
-    """Writes scalars and images to TensorBoard files; ``kwargs`` go to SummaryWriter."""
+    """Writes scalars to TensorBoard files."""
 
-    def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
-        self._window_size = window_size
-        self._writer_args = {"log_dir": log_dir, **kwargs}
+    def __init__(self, log_dir: str, window_size: int = 20) -> None:
+        self._log_dir, self._window_size = log_dir, window_size
 
-    @cached_property
-    def _writer(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # a slow import
-
-        return SummaryWriter(**self._writer_args)
+        self._writer: Any = None  # until there is something to write
 
     def write(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a slow import
+
+        self._writer = self._writer or SummaryWriter(self._log_dir)
         for name, value, iteration in self._new_scalars(self._window_size):
             self._writer.add_scalar(name, value, iteration)
-        for image in get_event_storage()._images:
-            self._writer.add_image(*image)
-        get_event_storage().clear_images()
 
     def close(self) -> None:
-        if "_writer" in vars(self):
+        if self._writer is not None:
             self._writer.close()
 
 
@@ -188,28 +150,12 @@ class CommonMetricPrinter(EventWriter):
 
     def __init__(self, max_iter: int | None = None, window_size: int = 20) -> None:
         self.logger = logging.getLogger(__name__)
-        self._max_iter = max_iter
-        self._window_size = window_size
-        self._last_call: tuple[int, float] | None = None  # iteration and clock
-
-    def _time_left(self, storage: EventStorage) -> str:
-        if self._max_iter is None:
-            return ""
-        last, self._last_call = self._last_call, (storage.iter, time.perf_counter())
-        iterations_left = self._max_iter - storage.iter - 1
-        if "time" in storage.histories():
-            seconds = storage.history("time").median(1000) * iterations_left
-            storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
-        elif last is not None and last[0] < storage.iter:
-            seconds = (self._last_call[1] - last[1]) / (storage.iter - last[0]) * iterations_left
-        else:
-            return ""
-        return f"eta: {datetime.timedelta(seconds=int(seconds))}  "
+        self._max_iter, self._window_size = max_iter, window_size
 
     def _medians(self, storage: EventStorage, part_of_name: str) -> str:
         return "  ".join(
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
-            for name, history in list(storage.histories().items())
+            for name, history in storage.histories().items()
             if part_of_name in name
         )
 
@@ -217,9 +163,12 @@ class CommonMetricPrinter(EventWriter):
         storage = get_event_storage()
         if storage.iter == self._max_iter:
             return  # the training is over: there is no progress to report
-        eta = self._time_left(storage)
-        histories, times, rate, memory = storage.histories(), "", "N/A", ""
+        histories, eta, times, rate, memory = storage.histories(), "", "", "N/A", ""
         if history := histories.get("time"):
+            if self._max_iter is not None:
+                seconds = history.median(1000) * (self._max_iter - storage.iter - 1)
+                storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+                eta = f"eta: {datetime.timedelta(seconds=int(seconds))}  "
             times += f"time: {history.global_avg():.4f}  last_time: {history.latest():.4f}  "
         if history := histories.get("data_time"):
             mean = history.avg(storage.count_samples("data_time", self._window_size))

@@ -1,4 +1,4 @@
-"""Loggers on the terminal and in ``log.txt``, and messages that do not repeat themselves."""
+"""Loggers on the terminal and in ``log.txt``."""
 
 import atexit
 import functools
@@ -6,33 +6,11 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from termcolor import colored
-
-_DATE_FORMAT = "%m/%d %H:%M:%S"
-_message_counts: Counter[Any] = Counter()
-_message_times: dict[Any, float] = {}
-
-
-class _ColorfulFormatter(logging.Formatter):
-    """Shortens the name of the logger in a green header; marks warnings and errors in red."""
-
-    def __init__(self, root_name: str, abbreviation: str) -> None:
-        super().__init__(colored("[%(asctime)s %(name)s]: ", "green") + "%(message)s", _DATE_FORMAT)
-        self._names = root_name + ".", abbreviation + "." if abbreviation else ""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.name = record.name.replace(*self._names)
-        text = super().formatMessage(record)
-        if record.levelno == logging.WARNING:
-            return colored("WARNING", "red", attrs=["blink"]) + " " + text
-        if record.levelno >= logging.ERROR:
-            return colored("ERROR", "red", attrs=["blink", "underline"]) + " " + text
-        return text
 
 
 @functools.cache  # a second call with the same arguments adds no second handler
@@ -42,38 +20,27 @@ def setup_logger(
     *,
     color: bool = True,
     name: str = "detectron2",
-    abbrev_name: str | None = None,
     enable_propagation: bool = False,
-    configure_stdout: bool = True,
 ) -> logging.Logger:
     """Prepares the logger ``name``, and so all below it, from level DEBUG on.
 
-    Args:
-        output: a ``.txt`` or ``.log`` file, or the directory of ``log.txt``; None writes no file.
-        distributed_rank: only rank 0 writes to the terminal; others add ``.rankN`` to the file.
-        color: whether the terminal gets colours.
-        name: root of the loggers.
-        abbrev_name: what the terminal shows instead of ``name``; "detectron2" becomes "d2".
-        enable_propagation: whether messages also reach the loggers above.
-        configure_stdout: whether to write to the terminal at all.
+    Rank 0 writes to the terminal; all write to ``log.txt``, others than 0 to ``log.txt.rankN``, in
+    the directory ``output``, if any.
     """
     logger = logging.getLogger(name)
     logger.setLevel(logging.DEBUG)
     logger.propagate = enable_propagation
-    if abbrev_name is None:
-        abbrev_name = "d2" if name == "detectron2" else name
     header = "[%(asctime)s] %(name)s %(levelname)s: "
-    plain = logging.Formatter(header + "%(message)s", datefmt=_DATE_FORMAT)
-    if configure_stdout and distributed_rank == 0:
-        terminal = logging.StreamHandler(sys.stdout)
-        terminal.setFormatter(_ColorfulFormatter(name, abbrev_name) if color else plain)
-        logger.addHandler(terminal)
+    targets: list[tuple[Any, str]] = []
+    if distributed_rank == 0:
+        targets.append((sys.stdout, colored(header, "green") if color else header))
     if output is not None:
-        path = output if output.endswith((".txt", ".log")) else os.path.join(output, "log.txt")
-        path += f".rank{distributed_rank}" if distributed_rank > 0 else ""
-        file_handler = logging.StreamHandler(_open_log_file(path))
-        file_handler.setFormatter(plain)
-        logger.addHandler(file_handler)
+        suffix = f".rank{distributed_rank}" if distributed_rank > 0 else ""
+        targets.append((_open_log_file(os.path.join(output, "log.txt" + suffix)), header))
+    for stream, start in targets:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter(start + "%(message)s", "%m/%d %H:%M:%S"))
+        logger.addHandler(handler)
     return logger
 
 
@@ -85,43 +52,26 @@ def _open_log_file(path: str) -> Any:
     return file
 
 
-def _find_caller() -> tuple[str, tuple[str, int, str]]:
-    """Module and position of the first frame outside this file."""
-    frame: Any = sys._getframe(1)
-    while frame.f_globals["__name__"] == __name__:
-        frame = frame.f_back
-    module = frame.f_globals["__name__"].replace("__main__", "detectron2")
-    return module, (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+@functools.cache
+def log_first_n(lvl: int, msg: str, *, key: str) -> None:
+    """Logs each message once; ``key`` has to be "message"."""
+    assert key == "message", f"Repetitions can be told by the message only, not by {key!r}."
+    logging.getLogger("detectron2").log(lvl, msg)
 
 
-def log_first_n(
-    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: Any = "caller"
-) -> None:
-    """Logs the first ``n`` times that the same "caller" or "message" (``key``, or both) comes."""
-    module, caller = _find_caller()
-    identity = (caller if "caller" in key else None, msg if "message" in key else None)
-    _message_counts[identity] += 1
-    if _message_counts[identity] <= n:
-        logging.getLogger(name or module).log(lvl, msg)
+_last_logged: dict[Any, float] = {}
 
 
-def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Logs the first of every ``n`` calls from the same line."""
-    module, caller = _find_caller()
-    if _message_counts[caller] % n == 0:
-        logging.getLogger(name or module).log(lvl, msg)
-    _message_counts[caller] += 1
-
-
-def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = None) -> None:
+def log_every_n_seconds(lvl: int, msg: str, n: float = 1) -> None:
     """Logs at most once per ``n`` seconds from the same line."""
-    module, caller = _find_caller()
-    if time.time() - _message_times.get(caller, float("-inf")) >= n:
-        logging.getLogger(name or module).log(lvl, msg)
-        _message_times[caller] = time.time()
+    frame = sys._getframe(1)
+    line = (frame.f_code, frame.f_lineno)
+    if time.time() - _last_logged.get(line, float("-inf")) >= n:
+        logging.getLogger(frame.f_globals["__name__"]).log(lvl, msg)
+        _last_logged[line] = time.time()
 
 
 def create_small_table(small_dict: dict[str, Any]) -> str:
     """A table of one row under the keys of the dictionary."""
-    style: Any = {"tablefmt": "pipe", "floatfmt": ".3f", "stralign": "center", "numalign": "center"}
-    return tabulate([list(small_dict.values())], headers=list(small_dict), **style)
+    rows = [list(small_dict.values())]
+    return tabulate(rows, headers=list(small_dict), tablefmt="pipe", floatfmt=".3f")

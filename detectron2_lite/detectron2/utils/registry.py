@@ -1,22 +1,10 @@
 """Dotted names to objects and back."""
 
-import pydoc
 from typing import Any
 
-from fvcore.common.registry import Registry
+from hydra.utils import _locate as locate
 
-__all__ = ["Registry", "locate"]
-
-
-def locate(name: str) -> Any:
-    """The object with a dotted name; ImportError if there is none."""
-    found = pydoc.locate(name)
-    if found is None:
-        # pydoc stops at names that hide a module, as torch.optim.sgd.SGD; Hydra's search does not.
-        from hydra.utils import _locate
-
-        found = _locate(name)
-    return found
+__all__ = ["locate"]
 
 
 def _convert_target_to_string(target: Any) -> str:

@@ -6,7 +6,7 @@ import cloudpickle
 
 
 class PicklableWrapper:
-    """Behaves as the wrapped object and pickles it by value."""
+    """Behaves as the wrapped object when called, and pickles it by value."""
 
     def __init__(self, obj: Any) -> None:
         self._obj: Any = obj._obj if isinstance(obj, PicklableWrapper) else obj
@@ -16,8 +16,3 @@ class PicklableWrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._obj(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_obj":  # absent only while the wrapper itself is being copied
-            raise AttributeError(name)
-        return getattr(self._obj, name)

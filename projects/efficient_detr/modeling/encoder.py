@@ -109,7 +109,7 @@ class TransformerEncoder(nn.Module):
 
     Args:
         layers: the layers, in order; they may differ.
-        values: which tokens a layer attends to.
+        value_source: says which tokens a layer attends to.
         object_score: ranking for layers with object self-attention, or None.
     """
 
@@ -117,12 +117,12 @@ class TransformerEncoder(nn.Module):
         self,
         *,
         layers: Sequence[nn.Module],
-        values: CurrentValues | InitialValues | None = None,
+        value_source: CurrentValues | InitialValues | None = None,
         object_score: ObjectScore | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.values = values or CurrentValues()
+        self.value_source = value_source or CurrentValues()
         self.object_score = object_score
 
     def forward(
@@ -137,7 +137,7 @@ class TransformerEncoder(nn.Module):
         """
         memory = tokens
         for index, layer in enumerate(self.layers):
-            values = self.values(tokens, memory)
+            values = self.value_source(tokens, memory)
             if selection is None:
                 memory = memory.with_features(layer(memory.all_active(), values))
             else:

@@ -11,7 +11,7 @@ from tests.tiny_models import random_tokens
 
 @pytest.mark.parametrize("interface", [EncoderAttention, DecoderAttention])
 def test_forward_is_abstract(interface: type) -> None:
-    class Unfinished(interface):  # type: ignore[misc]
+    class Unfinished(interface):
         pass
 
     tokens = random_tokens([(2, 2)])

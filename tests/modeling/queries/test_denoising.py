@@ -106,8 +106,8 @@ def test_corners_are_clamped_to_the_image() -> None:
 def test_box_noise_statistics() -> None:
     """Positive corners move by less than half a size, evenly; negative ones by half to a whole.
 
-    Where the low corner moves up and the high one down, those of a negative box cross. As published,
-    its size is then the smallest that a logit holds; such axes are left out here.
+    Where the low corner moves up and the high one down, those of a negative box cross. As
+    published, its size is then the smallest that a logit holds; such axes are left out here.
     """
     module = build(num_queries=4000)
     box = torch.tensor([0.5, 0.5, 0.1, 0.2])

@@ -66,8 +66,8 @@ def test_invalid_tokens_share_one_vector() -> None:
 
 def test_predictions() -> None:
     module = build()
-    for layer in module.head.box_layers.layers:
-        torch.nn.init.normal_(layer.weight, std=0.3)
+    for parameter in module.head.box_layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     tokens = random_tokens(SHAPES, sizes=[(32, 64), (16, 40)])
     proposals = module(tokens)
     boxes, valid = module.proposal_boxes(tokens)

@@ -38,7 +38,7 @@ def proposal_head() -> ProposalHead:
 
 
 def test_score_head_formula() -> None:
-    head = ForegroundScoreHead(channels=8)
+    head: Any = ForegroundScoreHead(channels=8)
     x = torch.randn(2, 5, 8)
     gelu = nn.functional.gelu
     hidden = gelu(head.project(head.norm(x)))
@@ -132,8 +132,8 @@ def test_counts_and_nested_prefixes() -> None:
 def test_the_smaller_image_of_a_batch_keeps_fewer_tokens() -> None:
     """The second image covers 32 x 40 of 48 x 64 pixels and has 30 tokens: int(15) + 1 are kept.
 
-    Level 0: 4 x 5 = 20. Level 1: rows 0, 16 and columns 0, 16, 32 are image: 6. Level 2, whose 2 x 2
-    cells read pixels 0 and 24 down and 0 and 32 across: 4.
+    Level 0: 4 x 5 = 20. Level 1: rows 0, 16 and columns 0, 16, 32 are image: 6. Level 2, whose
+    2 x 2 cells read pixels 0 and 24 down and 0 and 32 across: 4.
     """
     tokens = random_tokens(SHAPES, sizes=[(48, 64), (32, 40)])
     assert (~tokens.padding_mask).sum(1).tolist() == [64, 30]

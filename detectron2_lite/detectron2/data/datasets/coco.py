@@ -63,7 +63,7 @@ def load_coco_json(
     entries = []
     for image_id in sorted(coco.imgs):
         image = coco.imgs[image_id]
-        entry = {"file_name": os.path.join(image_root, image["file_name"])}
+        entry: dict[str, Any] = {"file_name": os.path.join(image_root, image["file_name"])}
         entry.update(height=image["height"], width=image["width"], image_id=image_id)
         read = (_read_annotation(obj, keys, id_map) for obj in coco.imgToAnns[image_id])
         entry["annotations"] = [obj for obj in read if obj is not None]

@@ -140,6 +140,10 @@ class AugInput:
         if self.sem_seg is not None:
             self.sem_seg = tfm.apply_segmentation(self.sem_seg)
 
+    def apply_augmentations(self, augs: Sequence[Augmentation | Transform]) -> TransformList:
+        """Apply ``augs`` one after the other."""
+        return AugmentationList(augs)(self)
+
 
 def apply_augmentations(
     augmentations: Sequence[Augmentation | Transform], inputs: Any

@@ -18,10 +18,9 @@ from fvcore.transforms.transform import (
     TransformList,
     VFlipTransform,
 )
-from PIL.Image import Resampling
 
 from .augmentation import Augmentation, _transform_to_aug
-from .transform import ResizeTransform
+from .transform import BILINEAR, ResizeTransform
 
 
 class RandomApply(Augmentation):
@@ -59,7 +58,7 @@ class RandomFlip(Augmentation):
 class Resize(Augmentation):
     """Resize to a fixed ``shape``: (height, width), or one number for both."""
 
-    def __init__(self, shape: int | Sequence[int], interp: int = Resampling.BILINEAR) -> None:
+    def __init__(self, shape: int | Sequence[int], interp: int = BILINEAR) -> None:
         new_h, new_w = (shape, shape) if isinstance(shape, int) else shape
         self.shape, self.interp = (new_h, new_w), interp
 
@@ -76,7 +75,7 @@ class ResizeShortestEdge(Augmentation):
         short_edge_length: int | Sequence[int],
         max_size: int = sys.maxsize,
         sample_style: str = "range",
-        interp: int = Resampling.BILINEAR,
+        interp: int = BILINEAR,
     ) -> None:
         """``short_edge_length`` in pixels is one number, or (smallest, largest) with the
         ``sample_style`` "range", or the values to choose from with "choice". 0 keeps the size.
@@ -126,7 +125,7 @@ class ResizeScale(Augmentation):
         max_scale: float,
         target_height: int,
         target_width: int,
-        interp: int = Resampling.BILINEAR,
+        interp: int = BILINEAR,
     ) -> None:
         self.min_scale, self.max_scale, self.interp = min_scale, max_scale, interp
         self.target_height, self.target_width = target_height, target_width

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.Image import Resampling
 from torch.nn import functional as F
 
+BILINEAR: int = Resampling.BILINEAR.value
 _INTERPOLATE_MODES = {
     Resampling.NEAREST: "nearest",
     Resampling.BILINEAR: "bilinear",
@@ -23,7 +24,7 @@ class ResizeTransform(Transform):
     def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None) -> None:
         super().__init__()
         self.h, self.w, self.new_h, self.new_w = h, w, new_h, new_w
-        self.interp = Resampling.BILINEAR if interp is None else interp
+        self.interp = BILINEAR if interp is None else interp
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resize an image of 2 to 4 dimensions (h, w, ...).
