@@ -25,10 +25,10 @@ from .common.optim import AdamW as optimizer
 from .common.train import train
 
 
-def narrow_resnet(widths):
+def narrow_resnet(stem_width, widths):
     """A ResNet of one basic block a stage with trained batch norm."""
     return L(ResNet)(
-        stem=L(BasicStem)(in_channels=3, out_channels=widths[0], norm="BN"),
+        stem=L(BasicStem)(in_channels=3, out_channels=stem_width, norm="BN"),
         stages=[
             L(ResNet.make_stage)(
                 block_class=BasicBlock,
@@ -39,7 +39,7 @@ def narrow_resnet(widths):
                 norm="BN",
             )
             for stride, before, after in zip(
-                [1, 2, 2, 2], [widths[0], *widths[:-1]], widths, strict=True
+                [1, 2, 2, 2], [stem_width, *widths[:-1]], widths, strict=True
             )
         ],
         out_features=["res3", "res4", "res5"],
@@ -47,21 +47,22 @@ def narrow_resnet(widths):
 
 
 model = focus_detr(
-    backbone=narrow_resnet([32, 64, 128, 192]),
-    in_channels=[64, 128, 192],
+    backbone=narrow_resnet(16, [24, 48, 96, 160]),
+    in_channels=[48, 96, 160],
     num_classes=10,
-    channels=96,
+    channels=64,
     num_heads=4,
     num_levels=3,
-    hidden_channels=192,
+    num_points=2,
+    hidden_channels=128,
     layer_keep_ratios=[1.0, 0.6],
     num_object_tokens=30,
     strides=[8, 16, 32],
     range_ends=[24, 48],
-    decoder_layers=3,
-    num_queries=25,
-    num_denoising_queries=15,
-    num_detections=25,
+    decoder_layers=2,
+    num_queries=20,
+    num_denoising_queries=12,
+    num_detections=20,
 )
 model.losses[0].class_weight = 2.0
 
@@ -70,22 +71,30 @@ dataloader.train.dataset.filter_empty = False
 # No flip: it turns digits into other shapes.
 dataloader.train.mapper.augmentations = []
 dataloader.train.mapper.crop_augmentations = None
-dataloader.train.total_batch_size = 16
+dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 0
 dataloader.test.dataset.names = "quickstart_digits_val"
 dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 0
 
-optimizer.lr = 2e-3
+optimizer.lr = 4e-3
 # The backbone starts from random weights too: it learns as fast as the rest.
 optimizer.params.lr_factor_func = None
 train.output_dir = "output/quickstart"
-train.max_iter = 1500
+train.max_iter = 1800
 train.eval_period = 0
 train.flops_images = 2
 train.device = "cpu"
+# Warm-up, then the full learning rate for 70 % of the training, then a cosine down to a hundredth.
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+    scheduler=L(CompositeParamScheduler)(
+        schedulers=[
+            L(ConstantParamScheduler)(value=1.0),
+            L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+        ],
+        lengths=[0.7, 0.3],
+        interval_scaling=["rescaled", "rescaled"],
+    ),
     warmup_factor=0.01,
     warmup_length=0.05,
     warmup_method="linear",

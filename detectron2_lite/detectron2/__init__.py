@@ -2,9 +2,9 @@
 
 import sys
 
-from detectron2._absent import AbsentModuleFinder, absent_name_getter
+from detectron2._absent import Finder, absent_name_getter
 
 __version__ = "0.6"
 __lite__ = True
 __getattr__ = absent_name_getter(__name__)
-sys.meta_path.append(AbsentModuleFinder())
+sys.meta_path.insert(0, Finder)

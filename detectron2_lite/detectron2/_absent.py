@@ -3,6 +3,8 @@
 import dis
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import Any
 
 
@@ -30,10 +32,22 @@ def absent_name_getter(module_name: str) -> Callable[[str], Any]:
     return get_absent_name
 
 
-class AbsentModuleFinder:
-    """Last entry of ``sys.meta_path``: names the module of detectron2 that nobody else found."""
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__getattr__"] = absent_name_getter(module.__name__)
+        super().exec_module(module)
+
+
+class Finder:
+    """First entry of ``sys.meta_path``: modules of detectron2 say what they lack."""
 
     @staticmethod
-    def find_spec(fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname.startswith("detectron2."):
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if not fullname.startswith("detectron2."):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None:
             raise ModuleNotFoundError(absence_message(fullname), name=fullname)
+        if isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.loader.path)
+        return spec

@@ -24,7 +24,7 @@ from detectron2.engine import (
     default_writers,
     hooks,
 )
-from detectron2.utils.events import EventStorage, JSONWriter, get_event_storage
+from detectron2.utils.events import JSONWriter, get_event_storage
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from torch import nn

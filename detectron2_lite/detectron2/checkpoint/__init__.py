@@ -5,13 +5,12 @@ import pickle
 from typing import Any
 
 import torch
-from detectron2._absent import absence_message, absent_name_getter
+from detectron2._absent import absence_message
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-__getattr__ = absent_name_getter(__name__)
 # All that a pickled dictionary of arrays refers to (numpy.core is the old name of numpy._core).
 _PICKLE_NAMES = {"collections.OrderedDict", "_codecs.encode", "numpy.dtype", "numpy.ndarray"}
 _PICKLE_NAMES |= {"numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"}
@@ -29,12 +28,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class DetectionCheckpointer(Checkpointer):
-    """fvcore's checkpointer, for what detection projects call a checkpoint.
+    """fvcore's checkpointer, which writes on the main process only.
 
-    It writes on the main process only. It reads ``.pth`` files, bare state dicts included, and the
-    ``.pkl`` files of Detectron2's model zoo, from every place that PathManager knows, and without
-    running code in them. If a file says ``matching_heuristics``, as those of the zoo do, weights
-    are matched by the ends of their names.
+    It reads ``.pth`` files, bare state dicts included, and the ``.pkl`` files of the model zoo,
+    without running code in them. If a file says ``matching_heuristics``, as those of the zoo do,
+    weights are matched by the ends of their names.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:

@@ -34,7 +34,7 @@ class LazyCall:
         self._target = _convert_target_to_string(target) if is_dataclass(target) else target
 
     def __call__(self, **kwargs: Any) -> DictConfig:
-        return DictConfig({**kwargs, "_target_": self._target}, flags=_FLAGS)
+        return DictConfig(dict(kwargs, _target_=self._target), flags=_FLAGS)
 
 
 def _as_config(value: Any) -> Any:

@@ -4,34 +4,14 @@ from detectron2._absent import absent_name_getter
 
 from . import transforms  # isort: skip
 from .build import (
-    build_batch_data_loader,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
-    print_instances_class_histogram,
 )
 from .catalog import DatasetCatalog, Metadata, MetadataCatalog
-from .common import DatasetFromList, MapDataset, ToIterableDataset
+from .common import DatasetFromList, MapDataset
 from .dataset_mapper import DatasetMapper
 
 from . import datasets, detection_utils, samplers  # isort: skip  # datasets registers COCO
 
-__all__ = [
-    "DatasetCatalog",
-    "DatasetFromList",
-    "DatasetMapper",
-    "MapDataset",
-    "Metadata",
-    "MetadataCatalog",
-    "ToIterableDataset",
-    "build_batch_data_loader",
-    "build_detection_test_loader",
-    "build_detection_train_loader",
-    "datasets",
-    "detection_utils",
-    "get_detection_dataset_dicts",
-    "print_instances_class_histogram",
-    "samplers",
-    "transforms",
-]
 __getattr__ = absent_name_getter(__name__)

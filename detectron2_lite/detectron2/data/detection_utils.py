@@ -1,29 +1,16 @@
 """Reading images and transforming annotations."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2._absent import absence_message
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, ImageOps
 
 from . import transforms as T
-from .catalog import MetadataCatalog
-
-# How to undo each value of EXIF's orientation tag (EXIF 2.3, section 4.6.4 A).
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class SizeMismatchError(ValueError):
@@ -38,12 +25,8 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
     """
     with PathManager.open(file_name, "rb") as file:
         image: Image.Image = Image.open(file)
-        try:
-            orientation = image.getexif().get(_ORIENTATION_TAG)
-        except Exception:  # Pillow raises errors of many classes on damaged EXIF data
-            orientation = None
-        if orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[orientation])
+        with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many classes
+            ImageOps.exif_transpose(image, in_place=True)
         if format is not None:
             image = image.convert("RGB" if format == "BGR" else format)
         pixels = np.asarray(image)
@@ -53,20 +36,16 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
 
 
 def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
-    """RGB (H, W, 3) in 0 ... 255 from an image (H, W, C) that :func:`read_image` returned."""
+    """RGB (H, W, 3) from an image (H, W, C) in the ``format`` RGB, BGR or L."""
     if isinstance(image, torch.Tensor):
         image = image.cpu().numpy()
-    if format == "BGR":
-        return image[:, :, [2, 1, 0]]
-    image = image.astype(np.uint8)
-    return np.asarray(Image.fromarray(image[:, :, 0] if format == "L" else image).convert("RGB"))
+    if format == "L":
+        return np.repeat(image, 3, axis=2)
+    return image[:, :, ::-1] if format == "BGR" else image
 
 
 def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
-    """Compare an image with ``width`` and ``height`` of its entry; fill them in where missing.
-
-    A difference raises :class:`SizeMismatchError`.
-    """
+    """SizeMismatchError unless ``width`` and ``height``, set where missing, are the image's."""
     height, width = image.shape[:2]
     said = (dataset_dict.setdefault("width", width), dataset_dict.setdefault("height", height))
     if said != (width, height):
@@ -78,22 +57,13 @@ def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
 
 
 def transform_instance_annotations(
-    annotation: dict[str, Any],
-    transforms: T.Transform | Sequence[T.Transform],
-    image_size: tuple[int, int],
-    *,
-    keypoint_hflip_indices: Any = None,
+    annotation: dict[str, Any], transforms: T.Transform, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     """Apply the transforms of an image to one of its objects, in place.
 
-    ``image_size`` is (height, width) after the transforms. The box becomes XYXY_ABS in float64,
-    clipped to the image; polygons in ``segmentation`` are transformed. Other segmentations and
-    keypoints raise NotImplementedError.
+    ``image_size`` is (height, width) after them. The box becomes XYXY_ABS in float64, clipped to
+    the image; ``segmentation`` is a list of polygons.
     """
-    if "keypoints" in annotation or isinstance(annotation.get("segmentation"), dict):
-        raise NotImplementedError(absence_message("transforming bitmaps and keypoints"))
-    if isinstance(transforms, Sequence):
-        transforms = T.TransformList(list(transforms))
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     height, width = image_size
     moved = transforms.apply_box(np.array([box]))[0]
@@ -107,14 +77,9 @@ def transform_instance_annotations(
 
 
 def annotations_to_instances(
-    annos: Sequence[dict[str, Any]], image_size: tuple[int, int], mask_format: str = "polygon"
+    annos: Sequence[dict[str, Any]], image_size: tuple[int, int]
 ) -> Instances:
-    """T objects of an image (height, width) as Instances: ``gt_boxes``, ``gt_classes`` (int64).
-
-    Objects with masks or keypoints raise NotImplementedError.
-    """
-    if any("segmentation" in obj or "keypoints" in obj for obj in annos):
-        raise NotImplementedError(absence_message("gt_masks (remove 'segmentation') or keypoints"))
+    """``gt_boxes`` and ``gt_classes`` (int64) of the objects of an image (height, width)."""
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annos]
     classes = torch.tensor([int(obj["category_id"]) for obj in annos], dtype=torch.int64)
     gt_boxes = Boxes(np.stack(boxes) if boxes else np.zeros((0, 4)))
@@ -124,30 +89,14 @@ def annotations_to_instances(
 def filter_empty_instances(
     instances: Instances,
     by_box: bool = True,
-    by_mask: bool = True,
+    by_mask: bool = False,
     box_threshold: float = 1e-5,
     return_mask: bool = False,
 ) -> Any:
-    """Leave out objects whose ``gt_boxes`` are not wider and higher than the threshold (pixels).
+    """Keep objects whose ``gt_boxes`` are wider and higher than the threshold; there are no masks.
 
-    ``by_mask`` does the same with ``gt_masks`` where there are any. ``return_mask`` also returns
-    which objects were kept, boolean (objects,).
+    ``return_mask`` also returns which objects were kept, boolean (objects,).
     """
-    assert by_box or by_mask, "no criterion is chosen"
-    keep = torch.ones(len(instances), dtype=torch.bool)
-    if by_box:
-        keep = instances.gt_boxes.nonempty(threshold=box_threshold)
-    if by_mask and instances.has("gt_masks"):
-        keep = keep & instances.gt_masks.nonempty()
+    assert by_box and not by_mask, "only boxes can be filtered in detectron2_lite"
+    keep = instances.gt_boxes.nonempty(threshold=box_threshold)
     return (instances[keep], keep) if return_mask else instances[keep]
-
-
-def check_metadata_consistency(key: str, dataset_names: Sequence[str]) -> None:
-    """ValueError where datasets that are used together differ in ``key`` of their metadata."""
-    values = [getattr(MetadataCatalog.get(name), key) for name in dataset_names]
-    for name, value in zip(dataset_names, values, strict=True):
-        if value != values[0]:
-            raise ValueError(
-                f"'{key}' of dataset '{name}' is {value}, but that of '{dataset_names[0]}' is "
-                f"{values[0]}; datasets with different '{key}' cannot be joined"
-            )

@@ -1,7 +1,5 @@
 """The training loop, its hooks, and the usual beginning of a training script."""
 
-from detectron2._absent import absent_name_getter
-
 from . import hooks
 from .defaults import (
     create_ddp_model,
@@ -11,5 +9,3 @@ from .defaults import (
     launch,
 )
 from .train_loop import AMPTrainer, HookBase, SimpleTrainer
-
-__getattr__ = absent_name_getter(__name__)

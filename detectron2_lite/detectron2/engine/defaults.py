@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2._absent import absent_name_getter
 from detectron2.config import LazyConfig
 from detectron2.utils import comm, events
 from detectron2.utils.env import seed_all_rng
@@ -21,8 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-
-__getattr__ = absent_name_getter(__name__)
 
 
 def create_ddp_model(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from detectron2._absent import absent_name_getter
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -16,8 +15,6 @@ from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpoint
 from fvcore.common.param_scheduler import ParamScheduler
 
 from .train_loop import HookBase
-
-__getattr__ = absent_name_getter(__name__)
 
 
 class IterationTimer(HookBase):

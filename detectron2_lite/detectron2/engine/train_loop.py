@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2._absent import absent_name_getter
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
-
-__getattr__ = absent_name_getter(__name__)
 
 
 class HookBase:

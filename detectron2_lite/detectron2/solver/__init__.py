@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from detectron2._absent import absence_message, absent_name_getter
+from detectron2._absent import absence_message
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
@@ -11,8 +11,6 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-__getattr__ = absent_name_getter(__name__)
 
 
 class WarmupParamScheduler(CompositeParamScheduler):

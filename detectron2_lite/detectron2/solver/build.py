@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from detectron2._absent import absent_name_getter
 from torch import nn
 
-__getattr__ = absent_name_getter(__name__)
 # The first is the base of batch, synchronised batch and instance norms.
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -22,14 +20,9 @@ def get_default_optimizer_params(
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters, each taken once, by their settings.
 
-    Args:
-        model: the model.
-        base_lr: learning rate; None leaves it to the optimizer.
-        weight_decay: weight decay; None leaves it to the optimizer.
-        weight_decay_norm: weight decay inside normalisation layers.
-        lr_factor_func: maps the full name of a parameter to a factor on ``base_lr`` (ValueError
-            without one).
-        overrides: settings by the last part of a parameter's name; they win over all others.
+    None leaves a setting to the optimizer. ``lr_factor_func`` maps the full name of a parameter to
+    a factor on ``base_lr`` (ValueError without one); ``overrides`` has settings by the last part of
+    a parameter's name, which win over all others.
     """
     if base_lr is None and lr_factor_func is not None:
         raise ValueError("lr_factor_func multiplies base_lr, which is not given.")

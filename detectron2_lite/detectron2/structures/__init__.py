@@ -2,9 +2,8 @@
 
 from detectron2._absent import absent_name_getter
 
-from .boxes import Boxes, BoxMode, pairwise_ioa, pairwise_iou
+from .boxes import Boxes, BoxMode, pairwise_iou
 from .image_list import ImageList
 from .instances import Instances
 
-__all__ = ["BoxMode", "Boxes", "ImageList", "Instances", "pairwise_ioa", "pairwise_iou"]
 __getattr__ = absent_name_getter(__name__)

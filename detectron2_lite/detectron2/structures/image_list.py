@@ -30,12 +30,10 @@ class ImageList:
         return self.tensor[idx, ..., :height, :width]
 
     def to(self, *args: Any, **kwargs: Any) -> ImageList:
-        """The same images after ``Tensor.to``."""
         return ImageList(self.tensor.to(*args, **kwargs), self.image_sizes)
 
     @property
     def device(self) -> torch.device:
-        """Where the images lie."""
         return self.tensor.device
 
     @staticmethod
@@ -45,40 +43,27 @@ class ImageList:
         pad_value: float = 0.0,
         padding_constraints: Mapping[str, int] | None = None,
     ) -> ImageList:
-        """Pad B images (..., H_i, W_i) with ``pad_value`` to the smallest common size.
+        """Pad images (..., H_i, W_i) to the smallest common size that ``size_divisibility`` divides.
 
-        The padded height and width are multiples of ``size_divisibility`` where that is above 1.
         ``padding_constraints`` may hold ``square_size``, the side of the padded images, and a
         ``size_divisibility`` that has precedence (see ``Backbone.padding_constraints``).
         """
-        assert isinstance(tensors, (list, tuple)) and len(tensors) > 0
-        for image in tensors:
-            assert isinstance(image, Tensor), type(image)
-            assert image.shape[:-2] == tensors[0].shape[:-2], "images differ in more than size"
         constraints = padding_constraints or {}
-        divisor = constraints.get("size_divisibility", size_divisibility)
+        divisor = max(constraints.get("size_divisibility", size_divisibility), 1)
         sizes: list[Any] = [tuple(image.shape[-2:]) for image in tensors]
         if torch.jit.is_tracing():
             sizes = [torch.stack(size) for size in sizes]
-        height, width = _padded_size(sizes, divisor, constraints.get("square_size", 0))
-        if len(tensors) == 1:
-            image = tensors[0]
-            padding = [0, width - image.shape[-1], 0, height - image.shape[-2]]
-            batch = F.pad(image, padding, value=pad_value).unsqueeze(0)
+            largest = torch.stack(sizes).max(0).values
         else:
-            shape = [len(tensors), *tensors[0].shape[:-2], height, width]
-            batch = tensors[0].new_full(shape, pad_value)
-            for index, image in enumerate(tensors):
-                batch[index, ..., : image.shape[-2], : image.shape[-1]].copy_(image)
+            largest = torch.tensor(sizes).max(0).values
+        if constraints.get("square_size", 0) > 0:
+            largest = torch.full_like(largest, constraints["square_size"])
+        if divisor > 1:
+            largest = (largest + (divisor - 1)).div(divisor, rounding_mode="floor") * divisor
+        height, width = largest.unbind() if torch.jit.is_tracing() else largest.tolist()
+        padded = []
+        for image in tensors:
+            padding = [0, width - image.shape[-1], 0, height - image.shape[-2]]
+            padded.append(F.pad(image, padding, value=pad_value))
+        batch = padded[0].unsqueeze(0) if len(padded) == 1 else torch.stack(padded)
         return ImageList(batch.contiguous(), sizes)
-
-
-def _padded_size(sizes: list[Any], divisor: int, square_size: int) -> list[Any]:
-    """Common (height, width): Python ints, or tensors that follow the sizes while tracing."""
-    tracing = torch.jit.is_tracing()
-    largest = (torch.stack(sizes) if tracing else torch.tensor(sizes)).max(0).values
-    if square_size > 0:
-        largest = torch.full_like(largest, square_size)
-    if divisor > 1:
-        largest = (largest + (divisor - 1)).div(divisor, rounding_mode="floor") * divisor
-    return list(largest.unbind()) if tracing else largest.tolist()

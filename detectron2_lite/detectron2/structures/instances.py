@@ -11,14 +11,13 @@ import torch
 
 
 class Instances:
-    """Named fields (boxes, scores, classes, ...) that describe the same objects of one image.
+    """Fields of equal length (boxes, scores, classes, ...) of the objects of one image.
 
     A field is read, written and created as an attribute; names that begin with an underscore are
-    ordinary attributes.
+    ordinary attributes. ``image_size`` is (height, width).
     """
 
     def __init__(self, image_size: tuple[int, int], **kwargs: Any) -> None:
-        """Start from ``image_size`` (height, width) and fields given by name."""
         self._image_size = image_size
         self._fields: dict[str, Any] = {}
         for name, value in kwargs.items():
@@ -26,7 +25,6 @@ class Instances:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the image."""
         return self._image_size
 
     def __setattr__(self, name: str, val: Any) -> None:
@@ -52,15 +50,12 @@ class Instances:
         self._fields[name] = value
 
     def has(self, name: str) -> bool:
-        """Whether the field exists."""
         return name in self._fields
 
     def remove(self, name: str) -> None:
-        """Delete a field; KeyError if there is none of that name."""
         del self._fields[name]
 
     def get(self, name: str) -> Any:
-        """The field; KeyError if there is none of that name."""
         return self._fields[name]
 
     def get_fields(self) -> dict[str, Any]:
@@ -77,9 +72,8 @@ class Instances:
     def __getitem__(self, item: Any) -> Instances:
         """Objects by number (IndexError outside the range), slice, mask or indices."""
         if type(item) is int:
-            if not -len(self) <= item < len(self):
-                raise IndexError(f"object {item} of {len(self)} does not exist")
-            item = slice(item, None, len(self))
+            start = range(len(self))[item]
+            item = slice(start, start + 1)
         return Instances(self._image_size, **{k: v[item] for k, v in self._fields.items()})
 
     def __len__(self) -> int:
@@ -92,17 +86,10 @@ class Instances:
 
     @staticmethod
     def cat(instance_lists: Sequence[Instances]) -> Instances:
-        """Join Instances of one image; fields may be tensors, lists or classes with ``cat``.
-
-        No Instances or different image sizes raise AssertionError, other fields ValueError.
-        """
-        assert len(instance_lists) > 0, "there is nothing to join"
-        assert all(isinstance(entry, Instances) for entry in instance_lists)
+        """Join Instances of one image; fields may be tensors, lists or classes with ``cat``."""
         first = instance_lists[0]
-        if len(instance_lists) == 1:
-            return first
-        if not isinstance(first.image_size, torch.Tensor):
-            assert all(entry.image_size == first.image_size for entry in instance_lists)
+        sizes = [entry.image_size for entry in instance_lists]
+        assert all(size == first.image_size for size in sizes), f"image sizes differ: {sizes}"
         joined = Instances(first.image_size)
         for name, value in first.get_fields().items():
             parts = [entry.get(name) for entry in instance_lists]
@@ -110,10 +97,8 @@ class Instances:
                 joined.set(name, torch.cat(parts))
             elif isinstance(value, list):
                 joined.set(name, list(chain.from_iterable(parts)))
-            elif hasattr(type(value), "cat"):
-                joined.set(name, type(value).cat(parts))
             else:
-                raise ValueError(f"field '{name}' of type {type(value)} cannot be joined")
+                joined.set(name, type(value).cat(parts))
         return joined
 
     def __repr__(self) -> str:

@@ -5,13 +5,11 @@ from typing import Any
 
 import fvcore.nn
 import torch
-from detectron2._absent import absent_name_getter
 from detectron2.structures import Boxes, Instances
 from fvcore.nn import parameter_count, parameter_count_table
 from torch import nn
 
 __all__ = ["FlopCountAnalysis", "parameter_count", "parameter_count_table"]
-__getattr__ = absent_name_getter(__name__)
 # Not reported as uncounted: elementwise, reducing and sorting operators. Those for which fvcore
 # has a formula (batch_norm) are counted nevertheless.
 _ELEMENTWISE_OPS = """

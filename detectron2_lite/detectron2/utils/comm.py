@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_local_process_group: Any = None
+_processes_per_machine: int | None = None
 
 
 def _is_distributed() -> bool:
@@ -27,27 +27,21 @@ def is_main_process() -> bool:
 
 
 def create_local_process_group(num_workers_per_machine: int) -> None:
-    """Groups the processes of each machine; all of them must call it, ``launch`` does."""
-    global _local_process_group
-    for first in range(0, get_world_size(), num_workers_per_machine):
-        ranks = list(range(first, first + num_workers_per_machine))
-        group = dist.new_group(ranks)  # every process takes part in making every group
-        if get_rank() in ranks:
-            _local_process_group = group
-
-
-def get_local_rank() -> int:
-    return dist.get_rank(_get_local_group()) if _is_distributed() else 0
+    """Says how many processes, of consecutive ranks, each machine runs; ``launch`` calls it."""
+    global _processes_per_machine
+    _processes_per_machine = num_workers_per_machine
 
 
 def get_local_size() -> int:
-    return dist.get_world_size(_get_local_group()) if _is_distributed() else 1
-
-
-def _get_local_group() -> Any:
+    if not _is_distributed():
+        return 1
     advice = "There is no local process group: start the processes with detectron2's launch()."
-    assert _local_process_group is not None, advice
-    return _local_process_group
+    assert _processes_per_machine is not None, advice
+    return _processes_per_machine
+
+
+def get_local_rank() -> int:
+    return get_rank() % get_local_size()
 
 
 def synchronize() -> None:

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2._absent import absent_name_getter
 from detectron2.utils.file_io import PathManager
 from fvcore.common.history_buffer import HistoryBuffer
 
-__getattr__ = absent_name_getter(__name__)
 _storages: list["EventStorage"] = []
 
 

@@ -52,13 +52,6 @@ def _open_log_file(path: str) -> Any:
     return file
 
 
-@functools.cache
-def log_first_n(lvl: int, msg: str, *, key: str) -> None:
-    """Logs each message once; ``key`` has to be "message"."""
-    assert key == "message", f"Repetitions can be told by the message only, not by {key!r}."
-    logging.getLogger("detectron2").log(lvl, msg)
-
-
 _last_logged: dict[Any, float] = {}
 
 

@@ -64,20 +64,20 @@ def test_a_token_is_judged_against_its_level() -> None:
 
 
 def test_scores_are_modulated_top_down() -> None:
-    """Level 1 of shape 1 x 2 with scores 2 and 4 enlarges to 2, 3, 4 on level 0 of shape 1 x 3.
+    """Level 1 of shape 1 x 2 with scores 2 and 5 enlarges to 2, 3, 4, 5 on level 0 of 1 x 4 tokens.
 
-    With corners aligned, the outer cells keep their values and the middle one is half way. A token
-    z becomes z + alpha z s: with alpha = 0.5 and z = 10 it is 20, 25, 30.
+    With corners aligned, the outer cells keep their values and the others are thirds of the way. A
+    token z becomes z + alpha z s: with alpha = 0.5 and z = 10 it is 20, 25, 30, 35.
     """
     module = selector(score_head=FirstChannel(), num_levels=2)
     with torch.no_grad():
         module.modulation.fill_(0.5)
-    tokens = random_tokens([(1, 3), (1, 2)])
-    features = torch.zeros(1, 5, 8)
-    features[0, :, 0] = torch.tensor([10.0, 10, 10, 2, 4])
+    tokens = random_tokens([(1, 4), (1, 2)])
+    features = torch.zeros(1, 6, 8)
+    features[0, :, 0] = torch.tensor([10.0, 10, 10, 10, 2, 5])
     fine, coarse = module.score_levels(features, tokens)
-    assert coarse.tolist() == [[2, 4]]
-    torch.testing.assert_close(fine, torch.tensor([[20.0, 25, 30]]))
+    assert coarse.tolist() == [[2, 5]]
+    torch.testing.assert_close(fine, torch.tensor([[20.0, 25, 30, 35]]))
 
 
 def test_each_transition_has_its_own_scale_coarsest_first() -> None:

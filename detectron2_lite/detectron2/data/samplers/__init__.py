@@ -3,12 +3,5 @@
 from detectron2._absent import absent_name_getter
 
 from .distributed_sampler import InferenceSampler, RepeatFactorTrainingSampler, TrainingSampler
-from .grouped_batch_sampler import GroupedBatchSampler
 
-__all__ = [
-    "GroupedBatchSampler",
-    "InferenceSampler",
-    "RepeatFactorTrainingSampler",
-    "TrainingSampler",
-]
 __getattr__ = absent_name_getter(__name__)

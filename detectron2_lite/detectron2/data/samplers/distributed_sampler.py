@@ -12,17 +12,24 @@ from torch import Tensor
 from torch.utils.data.sampler import Sampler
 
 
-class _EndlessSampler(Sampler[int]):
-    """Epoch after epoch of shuffled indices, of which each process takes every world-size-th."""
+class TrainingSampler(Sampler[int]):
+    """Endless shuffled indices, of which each process takes every world-size-th.
 
-    def __init__(self, shuffle: bool, seed: int | None) -> None:
-        self._shuffle = shuffle
+    ``seed`` is equal in all processes; None draws one that they share.
+    """
+
+    def __init__(self, size: int, shuffle: bool = True, seed: int | None = None) -> None:
+        if not isinstance(size, int):
+            raise TypeError(f"size of TrainingSampler is an int, got {type(size)}")
+        if size <= 0:
+            raise ValueError(f"size of TrainingSampler is positive, got {size}")
+        self._size, self._shuffle = size, shuffle
         self._seed = int(comm.shared_random_seed() if seed is None else seed)
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
 
     def _epoch(self, generator: torch.Generator) -> Tensor:
         """Indices of one epoch before shuffling."""
-        raise NotImplementedError
+        return torch.arange(self._size)
 
     def _indices(self) -> Iterator[int]:
         generator = torch.Generator()
@@ -37,36 +44,16 @@ class _EndlessSampler(Sampler[int]):
         return islice(self._indices(), self._rank, None, self._world_size)
 
 
-class TrainingSampler(_EndlessSampler):
-    """Endless shuffled indices 0 ... size - 1."""
+class RepeatFactorTrainingSampler(TrainingSampler):
+    """Endless indices in which images of rare classes come more often (LVIS, arXiv:1908.03195).
 
-    def __init__(self, size: int, shuffle: bool = True, seed: int | None = None) -> None:
-        """``seed`` is equal in all processes; None draws one that they share.
-
-        TypeError if ``size`` is no int, ValueError if it is not positive.
-        """
-        if not isinstance(size, int):
-            raise TypeError(f"size of TrainingSampler is an int, got {type(size)}")
-        if size <= 0:
-            raise ValueError(f"size of TrainingSampler is positive, got {size}")
-        super().__init__(shuffle, seed)
-        self._size = size
-
-    def _epoch(self, generator: torch.Generator) -> Tensor:
-        return torch.arange(self._size)
-
-
-class RepeatFactorTrainingSampler(_EndlessSampler):
-    """Endless indices in which images of rare classes come more often (LVIS, arXiv:1908.03195)."""
+    ``repeat_factors`` (samples,) are rounded up or down at random, anew in each epoch.
+    """
 
     def __init__(
         self, repeat_factors: Tensor, *, shuffle: bool = True, seed: int | None = None
     ) -> None:
-        """``repeat_factors`` (samples,): how often each sample comes in an epoch.
-
-        Fractions are rounded up or down at random, anew in each epoch.
-        """
-        super().__init__(shuffle, seed)
+        super().__init__(len(repeat_factors), shuffle, seed)
         self._int_part = torch.trunc(repeat_factors)
         self._frac_part = repeat_factors - self._int_part
 
@@ -74,10 +61,9 @@ class RepeatFactorTrainingSampler(_EndlessSampler):
     def repeat_factors_from_category_frequency(
         dataset_dicts: Sequence[dict[str, Any]], repeat_thresh: float, sqrt: bool = True
     ) -> Tensor:
-        """Factors ``max over classes c of max(1, sqrt(t / f(c)))`` of images, float32 (images,).
+        """``max over classes c of max(1, sqrt(threshold / f(c)))``, float32 (images,).
 
-        f(c) is the fraction of images with class c, t is ``repeat_thresh`` (appendix B.2 of the
-        paper); ``sqrt=False`` leaves out the square root. Images without objects have factor 1.
+        f(c) is the fraction of images with class c (appendix B.2 of the paper).
         """
         present = [{obj["category_id"] for obj in d["annotations"]} for d in dataset_dicts]
         counts = Counter(chain.from_iterable(present))
@@ -103,7 +89,7 @@ class InferenceSampler(Sampler[int]):
         self._local_indices = range(begin, begin + share + int(rank < left))
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._local_indices
+        return iter(self._local_indices)
 
     def __len__(self) -> int:
         return len(self._local_indices)

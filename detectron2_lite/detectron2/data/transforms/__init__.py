@@ -17,8 +17,6 @@ from .augmentation import (
     AugInput,
     Augmentation,
     AugmentationList,
-    StandardAugInput,
-    TransformGen,
     apply_augmentations,
     apply_transform_gens,
 )
@@ -35,7 +33,6 @@ from .augmentation_impl import (
     ResizeScale,
     ResizeShortestEdge,
 )
-from .transform import ColorTransform, PILColorTransform, ResizeTransform
+from .transform import ResizeTransform
 
-__all__ = [name for name in globals() if not name.startswith("_") and name != "absent_name_getter"]
 __getattr__ = absent_name_getter(__name__)

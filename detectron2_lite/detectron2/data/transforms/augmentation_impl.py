@@ -27,15 +27,11 @@ class RandomApply(Augmentation):
     """Another augmentation or transform, with probability ``prob``: one uniform number decides."""
 
     def __init__(self, tfm_or_aug: Transform | Augmentation, prob: float = 0.5) -> None:
-        assert 0.0 <= prob <= 1.0, f"a probability lies in [0, 1], got {prob}"
         self.aug = _transform_to_aug(tfm_or_aug)
         self.prob = prob
 
-    def get_transform(self, *args: Any) -> Transform:
-        return self.aug.get_transform(*args) if self._rand_range() < self.prob else NoOpTransform()
-
     def __call__(self, aug_input: Any) -> Transform:
-        return self.aug(aug_input) if self._rand_range() < self.prob else NoOpTransform()
+        return self.aug(aug_input) if np.random.uniform() < self.prob else NoOpTransform()
 
 
 class RandomFlip(Augmentation):
@@ -50,7 +46,7 @@ class RandomFlip(Augmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
-        if self._rand_range() >= self.prob:
+        if np.random.uniform() >= self.prob:
             return NoOpTransform()
         return HFlipTransform(width) if self.horizontal else VFlipTransform(height)
 
@@ -68,7 +64,11 @@ class Resize(Augmentation):
 
 
 class ResizeShortestEdge(Augmentation):
-    """Resize so that the shorter side gets a random length, and the longer at most ``max_size``."""
+    """Resize so that the shorter side gets a random length, and the longer at most ``max_size``.
+
+    ``short_edge_length`` in pixels is one number, or (smallest, largest) with the ``sample_style``
+    "range", or the values to choose from with "choice". 0 keeps the size.
+    """
 
     def __init__(
         self,
@@ -77,21 +77,17 @@ class ResizeShortestEdge(Augmentation):
         sample_style: str = "range",
         interp: int = BILINEAR,
     ) -> None:
-        """``short_edge_length`` in pixels is one number, or (smallest, largest) with the
-        ``sample_style`` "range", or the values to choose from with "choice". 0 keeps the size.
-        """
         assert sample_style in ("range", "choice"), sample_style
         if isinstance(short_edge_length, int):
             short_edge_length = (short_edge_length, short_edge_length)
-        self.is_range = sample_style == "range"
-        if self.is_range:
+        if sample_style == "range":
             assert len(short_edge_length) == 2, f"a range has two ends, got {short_edge_length}"
         self.short_edge_length, self.max_size = short_edge_length, max_size
         self.sample_style, self.interp = sample_style, interp
 
     def get_transform(self, image: np.ndarray) -> Transform:
         lengths = self.short_edge_length
-        if self.is_range:
+        if self.sample_style == "range":
             size = np.random.randint(lengths[0], lengths[1] + 1)
         else:
             size = np.random.choice(lengths)
@@ -120,14 +116,9 @@ class ResizeScale(Augmentation):
     """Fit the image into a target size times a uniform random number ("large-scale jitter")."""
 
     def __init__(
-        self,
-        min_scale: float,
-        max_scale: float,
-        target_height: int,
-        target_width: int,
-        interp: int = BILINEAR,
+        self, min_scale: float, max_scale: float, target_height: int, target_width: int
     ) -> None:
-        self.min_scale, self.max_scale, self.interp = min_scale, max_scale, interp
+        self.min_scale, self.max_scale = min_scale, max_scale
         self.target_height, self.target_width = target_height, target_width
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -136,38 +127,34 @@ class ResizeScale(Augmentation):
         target = np.multiply((self.target_height, self.target_width), scale)
         factor = np.minimum(target[0] / height, target[1] / width)
         new_h, new_w = np.round(np.multiply((height, width), factor)).astype(int).tolist()
-        return ResizeTransform(height, width, new_h, new_w, self.interp)
+        return ResizeTransform(height, width, new_h, new_w)
 
 
 class RandomCrop(Augmentation):
-    """Crop a random window: its size is drawn first, then the top, then the left."""
+    """Crop a random window: its size is drawn first, then the top, then the left.
+
+    The two numbers of ``crop_size`` are, with ``crop_type`` "absolute", height and width in pixels,
+    limited by the image; "relative": the same as fractions of the image; "relative_range": the
+    smallest fractions, drawn up to 1; "absolute_range": the limits in pixels of both sides.
+    """
 
     def __init__(self, crop_type: str, crop_size: Sequence[float]) -> None:
-        """``crop_type`` says what the two numbers of ``crop_size`` are.
-
-        ``absolute``: height and width in pixels, limited by the image; ``relative``: the same as
-        fractions of the image; ``relative_range``: the smallest fractions, drawn up to 1;
-        ``absolute_range``: the limits in pixels between which both sides are drawn.
-        """
         assert crop_type in ("relative_range", "relative", "absolute", "absolute_range"), crop_type
         self.crop_type, self.crop_size = crop_type, crop_size
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
         crop_height, crop_width = self.get_crop_size((height, width))
-        assert height >= crop_height and width >= crop_width, f"{self} left the image"
         top = np.random.randint(height - crop_height + 1)
         left = np.random.randint(width - crop_width + 1)
         return CropTransform(left, top, crop_width, crop_height)
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of a window in an image (height, width)."""
         height, width = image_size
         if self.crop_type.startswith("absolute"):
             first, second = (int(number) for number in self.crop_size)
             if self.crop_type == "absolute":
                 return min(first, height), min(second, width)
-            assert first <= second, f"crop_size {self.crop_size} is an empty range"
             crop_height = np.random.randint(min(height, first), min(height, second) + 1)
             return crop_height, np.random.randint(min(width, first), min(width, second) + 1)
         high, wide = self.crop_size
@@ -184,14 +171,9 @@ class FixedSizeCrop(Augmentation):
     """
 
     def __init__(
-        self,
-        crop_size: Sequence[int],
-        pad: bool = True,
-        pad_value: float = 128.0,
-        seg_pad_value: int = 255,
+        self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0
     ) -> None:
-        self.crop_size, self.pad = crop_size, pad
-        self.pad_value, self.seg_pad_value = pad_value, seg_pad_value
+        self.crop_size, self.pad, self.pad_value = crop_size, pad, pad_value
 
     def get_transform(self, image: np.ndarray) -> TransformList:
         size = image.shape[:2]
@@ -202,8 +184,8 @@ class FixedSizeCrop(Augmentation):
         if self.pad:
             bottom, right = np.maximum(np.subtract(self.crop_size, size), 0)
             kept = np.minimum(size, self.crop_size)
-            values = (self.pad_value, self.seg_pad_value)
-            transforms.append(PadTransform(0, 0, right, bottom, kept[1], kept[0], *values))
+            sides = (0, 0, right, bottom, kept[1], kept[0])
+            transforms.append(PadTransform(*sides, self.pad_value, 255))
         return TransformList(transforms)
 
 
@@ -233,7 +215,6 @@ class RandomSaturation(RandomContrast):
     """The same with the grey version of an RGB image."""
 
     def _other(self, image: np.ndarray) -> Any:
-        assert image.shape[-1] == 3, f"saturation needs an RGB image, got {image.shape}"
         return image.dot([0.299, 0.587, 0.114])[:, :, np.newaxis]
 
 
@@ -251,7 +232,6 @@ class RandomLighting(Augmentation):
         self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        assert image.shape[-1] == 3, f"lighting needs an RGB image, got {image.shape}"
         weights = np.random.normal(scale=self.scale, size=3)
         shift = self.eigen_vecs.dot(weights * self.eigen_vals)
         return BlendTransform(shift, src_weight=1.0, dst_weight=1.0)

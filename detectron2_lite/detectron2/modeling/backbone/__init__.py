@@ -4,16 +4,7 @@ from detectron2._absent import absent_name_getter
 from fvcore.common.registry import Registry
 
 from .backbone import Backbone
-from .resnet import BasicStem, BottleneckBlock, ResNet, ResNetBlockBase, make_stage
+from .resnet import BasicStem, BottleneckBlock, ResNet
 
-__all__ = [
-    "BACKBONE_REGISTRY",
-    "Backbone",
-    "BasicStem",
-    "BottleneckBlock",
-    "ResNet",
-    "ResNetBlockBase",
-    "make_stage",
-]
 BACKBONE_REGISTRY = Registry("BACKBONE")
 __getattr__ = absent_name_getter(__name__)

@@ -24,15 +24,12 @@ class Backbone(nn.Module, metaclass=ABCMeta):
 
     @property
     def size_divisibility(self) -> int:
-        """What the input's height and width must be a multiple of; 0 means anything."""
         return 0
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """Further wishes for padding: ``size_divisibility``, ``square_size``."""
         return {}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each feature map."""
         channels, strides = self._out_feature_channels, self._out_feature_strides
         return {f: ShapeSpec(channels=channels[f], stride=strides[f]) for f in self._out_features}

@@ -7,15 +7,12 @@ from math import prod
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
-import torch
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from detectron2.layers.batch_norm import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone
-
-ResNetBlockBase = CNNBlockBase
 
 _BLOCKS_PER_STAGE = {
     18: (2, 2, 2, 2),
@@ -27,8 +24,11 @@ _BLOCKS_PER_STAGE = {
 
 
 def _conv(inputs: int, outputs: int, kernel_size: int, norm: Norm, **kwargs: Any) -> Conv2d:
-    norm_layer = get_norm(norm, outputs)
-    return Conv2d(inputs, outputs, kernel_size, bias=False, norm=norm_layer, **kwargs)
+    conv = Conv2d(
+        inputs, outputs, kernel_size, bias=False, norm=get_norm(norm, outputs), **kwargs
+    )
+    weight_init.c2_msra_fill(conv)
+    return conv
 
 
 class _ResidualBlock(CNNBlockBase):
@@ -39,12 +39,6 @@ class _ResidualBlock(CNNBlockBase):
         self.shortcut: Conv2d | None = None
         if in_channels != out_channels:
             self.shortcut = _conv(in_channels, out_channels, 1, norm, stride=stride)
-
-    def _initialize(self, *branch: Conv2d) -> None:
-        """Draw He-normal weights, those of the shortcut last."""
-        for conv in (*branch, self.shortcut):
-            if conv is not None:
-                weight_init.c2_msra_fill(conv)
 
     def _join(self, branch: Tensor, x: Tensor) -> Tensor:
         branch += x if self.shortcut is None else self.shortcut(x)
@@ -60,14 +54,17 @@ class BasicBlock(_ResidualBlock):
         super().__init__(in_channels, out_channels, stride, norm)
         self.conv1 = _conv(in_channels, out_channels, 3, norm, stride=stride, padding=1)
         self.conv2 = _conv(out_channels, out_channels, 3, norm, padding=1)
-        self._initialize(self.conv1, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._join(self.conv2(F.relu_(self.conv1(x))), x)
 
 
 class BottleneckBlock(_ResidualBlock):
-    """Convolutions 1x1, 3x3, 1x1 around a narrow middle: the block of ResNet-50 and deeper."""
+    """Convolutions 1x1, 3x3, 1x1 around a narrow middle: the block of ResNet-50 and deeper.
+
+    ``stride_in_1x1`` puts the stride in the first convolution (the models of the paper's authors)
+    rather than in the 3x3 one (torchvision's).
+    """
 
     def __init__(
         self,
@@ -81,11 +78,6 @@ class BottleneckBlock(_ResidualBlock):
         stride_in_1x1: bool = False,
         dilation: int = 1,
     ) -> None:
-        """Build the block; ``num_groups`` and ``dilation`` are those of the 3x3 convolution.
-
-        ``stride_in_1x1`` puts the stride in the first convolution (the models of the paper's
-        authors) rather than in the 3x3 one (torchvision's).
-        """
         super().__init__(in_channels, out_channels, stride, norm)
         first, middle = (stride, 1) if stride_in_1x1 else (1, stride)
         width = bottleneck_channels
@@ -93,7 +85,6 @@ class BottleneckBlock(_ResidualBlock):
         self.conv1 = _conv(in_channels, width, 1, norm, stride=first)
         self.conv2 = _conv(width, width, 3, norm, stride=middle, **spread)
         self.conv3 = _conv(width, out_channels, 1, norm)
-        self._initialize(self.conv1, self.conv2, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._join(self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x))))), x)
@@ -105,79 +96,58 @@ class BasicStem(CNNBlockBase):
     def __init__(self, in_channels: int = 3, out_channels: int = 64, norm: Norm = "BN") -> None:
         super().__init__(in_channels, out_channels, 4)
         self.conv1 = _conv(in_channels, out_channels, 7, norm, stride=2, padding=3)
-        weight_init.c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
 
 
 class ResNet(Backbone):
-    """A stem and stages ``res2``, ``res3``, ... of residual blocks."""
+    """A stem and stages ``res2``, ``res3``, ... of residual blocks, up to the last wanted one.
+
+    ``out_features`` names what is returned, of ``stem``, ``res2`` ..., by default the last.
+    ``freeze_at`` >= 1 freezes the stem, and above that the stages up to ``res{freeze_at}``.
+    """
 
     def __init__(
         self,
         stem: CNNBlockBase,
         stages: Sequence[Sequence[CNNBlockBase]],
-        num_classes: int | None = None,
+        *,
         out_features: Sequence[str] | None = None,
         freeze_at: int = 0,
     ) -> None:
-        """Join the blocks of ``stages`` (see :meth:`make_default_stages`) behind the ``stem``.
-
-        ``num_classes`` adds a classifier ``linear``. ``out_features`` names what is returned, of
-        ``stem``, ``res2`` ... ``linear``, by default the last; stages above the last named one
-        are dropped. ``freeze_at``: see :meth:`freeze`.
-        """
         super().__init__()
         self.stem = stem
-        self.num_classes = num_classes
         self._out_feature_strides = {"stem": stem.stride}
         self._out_feature_channels = {"stem": stem.out_channels}
-        self.stages: list[nn.Sequential] = []
-        if out_features is not None:
-            wanted = [n for n in range(1, len(stages) + 1) if f"res{n + 1}" in out_features]
-            stages = stages[: max(wanted, default=0)]
-        name, stride, channels = "stem", stem.stride, stem.out_channels
-        for number, blocks in enumerate(stages, start=2):
-            name = f"res{number}"
-            assert len(blocks) > 0, f"stage {name} has no blocks"
-            assert all(isinstance(block, CNNBlockBase) for block in blocks), name
-            self.stages.append(nn.Sequential(*blocks))
-            self.add_module(name, self.stages[-1])
-            stride, channels = stride * prod(b.stride for b in blocks), blocks[-1].out_channels
+        names = [f"res{number}" for number in range(2, 2 + len(stages))]
+        self._out_features = names[-1:] if out_features is None else list(out_features)
+        unknown = set(self._out_features) - {"stem", *names}
+        assert not unknown, f"out_features {sorted(unknown)} are none of {['stem', *names]}"
+        while names and names[-1] not in self._out_features:
+            names.pop()
+        self.stage_names = tuple(names)
+        stride = stem.stride
+        for name, blocks in zip(names, stages, strict=False):
+            self.add_module(name, nn.Sequential(*blocks))
+            stride *= prod(block.stride for block in blocks)
             self._out_feature_strides[name] = stride
-            self._out_feature_channels[name] = channels
-        self.stage_names = tuple(f"res{number}" for number in range(2, 2 + len(self.stages)))
-        if num_classes is not None:
-            name = "linear"
-            self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-            self.linear = nn.Linear(channels, num_classes)
-            nn.init.normal_(self.linear.weight, std=0.01)
-        self._out_features = [name] if out_features is None else list(out_features)
-        available = [child for child, _ in self.named_children()]
-        unknown = set(self._out_features) - set(available)
-        assert self._out_features, "out_features is empty"
-        assert not unknown, f"out_features {sorted(unknown)} are none of {available}"
+            self._out_feature_channels[name] = blocks[-1].out_channels
         self.freeze(freeze_at)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) to the wanted features by name."""
-        assert x.dim() == 4, f"ResNet reads (B, C, H, W), got {tuple(x.shape)}"
         x = self.stem(x)
         features = {"stem": x}
-        for name, stage in zip(self.stage_names, self.stages, strict=True):
-            x = features[name] = stage(x)
-        if self.num_classes is not None:
-            features["linear"] = self.linear(torch.flatten(self.avgpool(x), 1))
+        for name in self.stage_names:
+            x = features[name] = getattr(self, name)(x)
         return {name: value for name, value in features.items() if name in self._out_features}
 
     def freeze(self, freeze_at: int = 0) -> ResNet:
-        """Freeze the stem (``freeze_at`` >= 1) and the stages up to ``res{freeze_at}``."""
-        if freeze_at >= 1:
-            self.stem.freeze()
-        for stage in self.stages[: max(freeze_at - 1, 0)]:
-            for block in stage.children():
-                block.freeze()  # type: ignore[operator]
+        for name in ("stem", *self.stage_names)[:freeze_at]:
+            blocks = [self.stem] if name == "stem" else getattr(self, name)
+            for block in blocks:
+                block.freeze()
         return self
 
     @staticmethod
@@ -210,14 +180,11 @@ class ResNet(Backbone):
 
     @staticmethod
     def make_default_stages(
-        depth: int, block_class: type[CNNBlockBase] | None = None, **kwargs: Any
+        depth: int, **kwargs: Any
     ) -> list[list[CNNBlockBase]]:
-        """The four stages of ResNet-18, 34, 50, 101 or 152 of the paper's table 1.
-
-        ``kwargs`` are further arguments of :meth:`make_stage`.
-        """
+        """The four stages of ResNet-18, 34, 50, 101 or 152 of the paper's table 1."""
         bottleneck = depth >= 50
-        block_class = block_class or (BottleneckBlock if bottleneck else BasicBlock)
+        block_class = BottleneckBlock if bottleneck else BasicBlock
         stages: list[list[CNNBlockBase]] = []
         in_channels = 64
         for index, count in enumerate(_BLOCKS_PER_STAGE[depth]):
@@ -232,6 +199,3 @@ class ResNet(Backbone):
             stages.append(stage)
             in_channels = channels["out_channels"]
         return stages
-
-
-make_stage = ResNet.make_stage
