@@ -28,9 +28,9 @@ LOSSES, GRADIENT_NORMS = 5e-5, 2e-3
 # The training fixtures suggest none for predictions. Three layers of refinement of thin boxes
 # magnify rounding: two correct float32 formulations of deformable sampling differ by 5e-5 there.
 TRAINING_FEATURES, TRAINING_BOXES = 3e-4, 3e-5
-# The score head starts with a layer norm, which undoes the top-down modulation up to its epsilon: the
-# gradient is about 1e-6. In float64 its norm is 1.14567e-6; an element of the official float32 one is
-# off by a tenth.
+# The score head starts with a layer norm, which undoes the top-down modulation up to its epsilon:
+# the gradient is about 1e-6. In float64 its norm is 1.14567e-6; an element of the official float32
+# one is off by a tenth.
 MODULATION_GRADIENT = 3e-2
 
 

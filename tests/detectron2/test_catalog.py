@@ -57,7 +57,8 @@ def test_coco_is_registered():
     assert metadata.json_file.endswith("coco/annotations/instances_val2017.json")
     assert metadata.image_root.endswith("coco/val2017")
     assert metadata.evaluator_type == "coco"
-    assert len(metadata.thing_classes) == len(metadata.thing_colors) == 80
+    assert len(metadata.thing_classes) == 80
+    assert metadata.thing_classes[9] == "traffic light"
     assert metadata.thing_classes[:2] == ["person", "bicycle"]
     assert metadata.thing_classes[-1] == "toothbrush"
     ids = metadata.thing_dataset_id_to_contiguous_id

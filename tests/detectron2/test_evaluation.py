@@ -12,7 +12,6 @@ from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    inference_context,
     inference_on_dataset,
     print_csv_format,
 )
@@ -51,26 +50,10 @@ def test_loop_over_a_dataset():
     assert inference_on_dataset(lambda batch: batch, [[1]], Counter("c")) == {"c": [1]}
 
 
-def test_loop_calls_back():
-    calls = []
-    names = ("on_start", "before_inference", "after_inference", "on_end")
-    callbacks = {name: lambda name=name: calls.append(name) for name in names}
-    inference_on_dataset(Model(), [[1], [2]], Counter("a"), callbacks)
-    assert calls == ["on_start", *["before_inference", "after_inference"] * 2, "on_end"]
-
-
 def test_results_must_not_collide():
     evaluators = DatasetEvaluators([Counter("a"), Counter("a")])
     with pytest.raises(AssertionError, match="a"):
         inference_on_dataset(Model(), [[1]], evaluators)
-
-
-def test_inference_context_restores_the_mode():
-    for training in (True, False):
-        model = nn.Dropout().train(training)
-        with inference_context(model):
-            assert not model.training
-        assert model.training is training
 
 
 def test_results_as_text(caplog):
@@ -173,12 +156,6 @@ def test_limit_of_detections(dataset):
     # ends at 1/2 with precision 1/12: 51 of 101 recall points have 1/12, the others 0.
     assert results["AP-cat"] == pytest.approx(100 * 51 / 101 / 12)
     assert results["AP"] == pytest.approx((results["AP-cat"] + 100) / 2)
-
-
-def test_a_part_of_the_images(dataset):
-    evaluator = COCOEvaluator(dataset, distributed=False)
-    results = evaluate(evaluator, {1: PERFECT[1], 2: []}, img_ids=[1])["bbox"]
-    assert results["AP"] == pytest.approx(100)
 
 
 def test_files(dataset, tmp_path):

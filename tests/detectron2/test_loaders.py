@@ -11,8 +11,6 @@ from detectron2.data import (
     DatasetFromList,
     DatasetMapper,
     MapDataset,
-    ToIterableDataset,
-    build_batch_data_loader,
     build_detection_test_loader,
     build_detection_train_loader,
     detection_utils,
@@ -20,7 +18,6 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import (
-    GroupedBatchSampler,
     InferenceSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
@@ -28,7 +25,7 @@ from detectron2.data.samplers import (
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 
 
 def first(iterable, count):
@@ -86,13 +83,6 @@ def test_rare_classes_are_repeated():
     assert counts == pytest.approx([1, 2, 0.5], abs=0.05)
 
 
-def test_grouped_batches():
-    sampler = GroupedBatchSampler(SequentialSampler(range(7)), [0, 1, 0, 1, 1, 0, 0], 2)
-    assert [*iter(sampler)] == [[0, 2], [1, 3], [5, 6]]
-    with pytest.raises(ValueError):  # noqa: PT011
-        GroupedBatchSampler([0, 1], [0, 0], 2)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("serialize", [True, False])
 def test_lists_hand_out_copies(serialize):
     source = [{"boxes": [k]} for k in range(3)]
@@ -114,25 +104,6 @@ def test_failed_samples_are_replaced():
     assert [dataset[k] for k in (0, 1, 3)] == [10, 11, 13]
     assert dataset[2] in (10, 11, 13)
     assert pickle.loads(pickle.dumps(dataset))[1] == 11
-
-
-def test_iterable_datasets_drop_failed_samples():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from range(4)
-
-    mapped = MapDataset(Stream(), add_ten)
-    assert isinstance(mapped, IterableDataset)
-    assert list(mapped) == [10, 11, 13]
-
-
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_workers_share_the_order(chunk):
-    dataset = ToIterableDataset(
-        DatasetFromList(list(range(8))), SequentialSampler(range(8)), shard_chunk_size=chunk
-    )
-    loader = torch.utils.data.DataLoader(dataset, batch_size=chunk, num_workers=2)
-    assert torch.cat(list(loader)).tolist() == list(range(8))
 
 
 def test_images_are_grouped_by_aspect_ratio():
@@ -281,11 +252,13 @@ def test_training_loader_follows_the_sampler(images):
 
 def test_batch_size_is_divided_among_processes(monkeypatch, images):
     monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
-    dataset = DatasetFromList(images)
-    loader = build_batch_data_loader(dataset, SequentialSampler(dataset), 4)
+    arguments = {"mapper": None, "sampler": SequentialSampler(images)}
+    loader = build_detection_train_loader(
+        images, total_batch_size=4, aspect_ratio_grouping=False, **arguments
+    )
     assert [len(batch) for batch in loader] == [2, 2]
     with pytest.raises(AssertionError, match="3"):
-        build_batch_data_loader(dataset, SequentialSampler(dataset), 3)
+        build_detection_train_loader(images, total_batch_size=3, **arguments)
 
 
 def test_inference_loader_keeps_the_last_batch(images):

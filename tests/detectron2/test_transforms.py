@@ -1,7 +1,5 @@
 """Transforms and augmentations: what they do to images and boxes, and the numbers they draw."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -27,10 +25,8 @@ def test_resize_moves_boxes_with_the_image():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 1), (8, 6, 3), (8, 6, 5, 2)])
+@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 1), (8, 6, 3)])
 def test_resize_keeps_type_dimensions_and_constant_images(dtype, shape):
-    if dtype == np.uint8 and shape[2:] == (5, 2):
-        pytest.skip("Pillow has no such image")
     resized = T.ResizeTransform(8, 6, 4, 9).apply_image(np.full(shape, 7, dtype))
     assert resized.shape == (4, 9, *shape[2:])
     assert resized.dtype == dtype
@@ -140,8 +136,6 @@ def test_colours():
     saturated = augment(T.RandomSaturation(0.5, 0.5), red)[0].image
     assert saturated[0, 0].tolist() == pytest.approx([130, 30, 30], abs=1)
     assert not np.array_equal(augment(T.RandomLighting(20.0), grey)[0].image, grey)
-    with pytest.raises(AssertionError):
-        augment(T.RandomSaturation(0.5, 0.5), grey[..., :2])
 
 
 def test_random_apply():
@@ -192,14 +186,3 @@ def test_names_in_logs_show_what_was_chosen():
             self._init(locals())
 
     assert repr(T.AugmentationList([Custom(2.5)])) == "AugmentationList[Custom(strength=2.5)]"
-
-
-def test_colour_transforms_move_nothing():
-    transform = T.ColorTransform(lambda image: 255 - image)
-    assert np.array_equal(transform.apply_image(IMAGE), 255 - IMAGE)
-    assert transform.apply_coords(np.array([[1.0, 2.0]])).tolist() == [[1, 2]]
-    rotated = T.PILColorTransform(lambda image: image.convert("L")).apply_image(IMAGE)
-    assert rotated.shape == (40, 60)
-    not_a_function: Any = "red"
-    with pytest.raises(ValueError):  # noqa: PT011
-        T.ColorTransform(not_a_function)

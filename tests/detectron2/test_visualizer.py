@@ -5,7 +5,6 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.colormap import colormap, random_color
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
@@ -15,9 +14,7 @@ GREY = np.full((60, 90, 3), 100, np.uint8)
 @pytest.fixture
 def metadata():
     name = "test_visualizer_dataset"
-    yield MetadataCatalog.get(name).set(
-        thing_classes=["cat", "dog"], thing_colors=[[255, 0, 0], [0, 255, 0]]
-    )
+    yield MetadataCatalog.get(name).set(thing_classes=["cat", "dog"])
     MetadataCatalog.remove(name)
 
 
@@ -80,49 +77,14 @@ def test_numbers_stand_in_for_unknown_classes():
     assert labels_of(visualizer) == ["4"]
 
 
-def test_class_colours(metadata):
-    found = Instances((60, 90), pred_boxes=Boxes([[5, 5, 50, 50]]), pred_classes=torch.tensor([1]))
-    visualizer = Visualizer(GREY, metadata, instance_mode=ColorMode.SEGMENTATION)
-    drawing = visualizer.draw_instance_predictions(found, jittering=False)
-    assert drawing.ax.patches[0].get_edgecolor()[:3] == (0, 1, 0)
-
-
-@pytest.mark.parametrize("kind", ["polygon", "bitmap"])
-def test_masks_are_filled(kind):
-    mask = np.zeros((60, 90), bool)
-    mask[10:30, 20:60] = True
-    polygon = [np.array([20.0, 10, 60, 10, 60, 30, 20, 30])]
-    masks = [polygon] if kind == "polygon" else [mask]
-    drawing = Visualizer(GREY).overlay_instances(masks=masks, assigned_colors=[(1.0, 0, 0)])
-    red = drawing.get_image()[15:25, 25:55]
-    assert (red[..., 0] > 150).all()
-    assert (red[..., 1] < 100).all()
-    assert np.abs(np.subtract(changed(drawing), (20, 10, 60, 30))).max() <= 2
-
-
-def test_black_and_white_keeps_masked_colours():
+def test_black_and_white():
     image = np.zeros((60, 90, 3), np.uint8)
     image[..., 0] = 240
-    found = Instances((60, 90), pred_masks=torch.zeros(1, 60, 90, dtype=torch.bool))
-    found.pred_masks[0, :30] = True
+    found = Instances((60, 90), pred_boxes=Boxes([[5, 5, 20, 20]]))
     drawing = Visualizer(image, instance_mode=ColorMode.IMAGE_BW).draw_instance_predictions(found)
-    pixels = drawing.get_image().astype(int)
-    assert pixels[50, 80].tolist() == [80, 80, 80]  # the mean of 240, 0 and 0
-    assert pixels[10, 40, 0] > pixels[10, 40, 1:].max()
+    assert drawing.get_image()[50, 80].tolist() == [80, 80, 80]  # the mean of 240, 0 and 0
 
 
 def test_lengths_must_agree():
     with pytest.raises(AssertionError):
         Visualizer(GREY).overlay_instances(boxes=np.zeros((2, 4)), labels=["one"])
-
-
-def test_colours():
-    rgb, bgr = colormap(rgb=True, maximum=1), colormap(maximum=255)
-    assert np.allclose(rgb * 255, bgr[:, ::-1])
-    assert rgb.shape == (74, 3)
-    assert rgb.min() == 0
-    assert rgb.max() == 1
-    np.random.seed(3)
-    color = random_color(rgb=True, maximum=1)
-    np.random.seed(3)
-    assert np.array_equal(color, rgb[np.random.randint(len(rgb))])

@@ -1,6 +1,7 @@
 """Loaders for training and evaluation."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -8,14 +9,25 @@ from typing import Any
 import torch
 from detectron2.utils.comm import get_world_size
 from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
 from torch.utils import data
 
 from .catalog import DatasetCatalog, MetadataCatalog
 from .common import AspectRatioGroupedDataset, DatasetFromList, MapDataset
 from .samplers import InferenceSampler, TrainingSampler
 
+Entries = Sequence[dict[str, Any]]
 Function = Callable[[Any], Any]
 logger = logging.getLogger(__name__)
+
+
+def print_instances_class_histogram(dataset_dicts: Entries, class_names: Sequence[str]) -> None:
+    """Log how many objects other than crowds each class has."""
+    objects = chain.from_iterable(entry["annotations"] for entry in dataset_dicts)
+    counts = Counter(obj["category_id"] for obj in objects if not obj.get("iscrowd", 0))
+    rows = [(name, counts[index]) for index, name in enumerate(class_names)]
+    table = tabulate(rows, headers=("category", "#instances"), tablefmt="pipe")
+    logger.info("Objects in each of %d classes (%d in all):\n%s", len(rows), counts.total(), table)
 
 
 def get_detection_dataset_dicts(
@@ -76,9 +88,7 @@ def build_detection_train_loader(
         kwargs["collate_fn"] = collate_fn or trivial_batch_collator
         return data.DataLoader(dataset, batch_size, drop_last=True, **kwargs)
     assert collate_fn is None, "grouped batches are lists; set aspect_ratio_grouping to False"
-    singles = data.DataLoader(
-        dataset, batch_size=None, collate_fn=trivial_batch_collator, **kwargs
-    )
+    singles = data.DataLoader(dataset, batch_size=None, collate_fn=trivial_batch_collator, **kwargs)
     return AspectRatioGroupedDataset(singles, batch_size)
 
 

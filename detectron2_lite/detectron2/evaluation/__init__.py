@@ -3,20 +3,7 @@
 from detectron2._absent import absent_name_getter
 
 from .coco_evaluation import COCOEvaluator
-from .evaluator import (
-    DatasetEvaluator,
-    DatasetEvaluators,
-    inference_context,
-    inference_on_dataset,
-)
+from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
 from .testing import print_csv_format
 
-__all__ = [
-    "COCOEvaluator",
-    "DatasetEvaluator",
-    "DatasetEvaluators",
-    "inference_context",
-    "inference_on_dataset",
-    "print_csv_format",
-]
 __getattr__ = absent_name_getter(__name__)

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from detectron2._absent import absence_message
 from detectron2.data import MetadataCatalog
-from detectron2.data.build import column_table
 from detectron2.data.datasets.coco import convert_to_coco_json, open_coco_file
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import create_small_table
 from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
 from .evaluator import DatasetEvaluator
 
@@ -38,28 +37,21 @@ class COCOEvaluator(DatasetEvaluator):
         *,
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
-        kpt_oks_sigmas: Sequence[float] = (),
-        allow_cached_coco: bool = True,
     ) -> None:
         """Open the annotations.
 
         Args:
             dataset_name: a registered dataset. Without ``json_file`` in its metadata it is
-                converted to ``output_dir``/NAME_coco_format.json.
+                converted to ``output_dir``/NAME_coco_format.json (ValueError without the latter).
             tasks: only ``bbox`` is known here; others raise NotImplementedError.
             distributed: gather predictions from all processes; otherwise evaluate one's own.
             output_dir: where to write ``instances_predictions.pth`` and, in COCO's result
                 format, ``coco_instances_results.json``.
             max_dets_per_image: how many of the best detections of an image count, default 100.
             use_fast_impl: has no effect: pycocotools is always used.
-            kpt_oks_sigmas: must be empty here.
-            allow_cached_coco: keep a converted file of an earlier run.
-
-        Raises:
-            ValueError: a conversion is needed, but ``output_dir`` is None.
         """
-        if set(tasks or ()) - {"bbox"} or len(kpt_oks_sigmas):
-            raise NotImplementedError(absence_message(f"evaluation of {tasks or 'keypoints'}"))
+        if set(tasks or ()) - {"bbox"}:
+            raise NotImplementedError(absence_message(f"evaluation of {tasks}"))
         self._distributed = distributed
         self._output_dir = output_dir
         self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
@@ -68,35 +60,25 @@ class COCOEvaluator(DatasetEvaluator):
             if output_dir is None:
                 raise ValueError(f"dataset '{dataset_name}' needs conversion: give an output_dir")
             json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
-            convert_to_coco_json(dataset_name, json_file, allow_cached=allow_cached_coco)
+            convert_to_coco_json(dataset_name, json_file)
             self._metadata.json_file = json_file
-        self._coco_api = open_coco_file(PathManager.get_local_path(self._metadata.json_file))
+        self._coco_api = open_coco_file(self._metadata.json_file)
         self._predictions: list[dict[str, Any]] = []
 
     def reset(self) -> None:
         self._predictions = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Any]) -> None:
-        """Take predictions of images with ``image_id``.
-
-        Outputs are dictionaries; their ``instances`` have ``pred_boxes``, ``scores`` and
-        ``pred_classes``. Outputs without ``instances`` are ignored.
-        """
+        """Take ``pred_boxes``, ``scores`` and ``pred_classes`` of images with ``image_id``."""
         for image, output in zip(inputs, outputs, strict=True):
-            if "instances" in output:
-                found = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
-                self._predictions.append({"image_id": image["image_id"], "instances": found})
+            found = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+            self._predictions.append({"image_id": image["image_id"], "instances": found})
 
-    def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
-        """Score all predictions, on the images ``img_ids`` or on all of the annotation file.
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """{"bbox": metrics in percent}: AP, AP50, AP75, APs, APm, APl and AP-CLASS of each class.
 
-        Returns:
-            {"bbox": metrics in percent}: AP, AP50, AP75, APs, APm, APl and AP-CLASS for each
-            class, nan where there is no such object. Empty outside the main process, without
-            predictions, and without annotations.
-
-        Raises:
-            AssertionError: a predicted class does not exist.
+        nan where there is no such object. Empty outside the main process, without predictions,
+        and without annotations. AssertionError if a predicted class does not exist.
         """
         predictions = self._predictions
         if self._distributed:
@@ -118,20 +100,16 @@ class COCOEvaluator(DatasetEvaluator):
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             with PathManager.open(path, "w") as file:
                 file.write(json.dumps(results))
-            _logger.info("Saved predictions to %s", path)
         if "annotations" not in self._coco_api.dataset:
             _logger.info("The annotation file has no annotations; nothing is evaluated")
             return {}
-        return {"bbox": self._average_precision(results, img_ids)}
+        return {"bbox": self._average_precision(results)}
 
     def _restore_category_ids(self, results: list[dict[str, Any]]) -> None:
         """Replace contiguous class ids by those of the annotation file, in place."""
-        id_map = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if id_map is None:
-            return
+        id_map = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
         original = {contiguous: category_id for category_id, contiguous in id_map.items()}
-        assert sorted(original) == [*range(len(id_map))], f"class ids are not 0 ... K-1: {id_map}"
-        for result in results:
+        for result in results if original else ():
             predicted = result["category_id"]
             assert predicted in original, (
                 f"class {predicted} was predicted for image {result['image_id']}, but dataset "
@@ -139,16 +117,12 @@ class COCOEvaluator(DatasetEvaluator):
             )
             result["category_id"] = original[predicted]
 
-    def _average_precision(
-        self, results: list[dict[str, Any]], img_ids: Sequence[int] | None
-    ) -> dict[str, float]:
+    def _average_precision(self, results: list[dict[str, Any]]) -> dict[str, float]:
         if not results:
             _logger.warning("No object was predicted in any image")
             return dict.fromkeys(_METRICS, float("nan"))
         evaluation = COCOeval(self._coco_api, self._coco_api.loadRes(results), "bbox")
         evaluation.params.maxDets = self._max_dets
-        if img_ids is not None:
-            evaluation.params.imgIds = img_ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -156,13 +130,13 @@ class COCOEvaluator(DatasetEvaluator):
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         others = [100 * float(s) if s >= 0 else float("nan") for s in evaluation.stats[1:6]]
         metrics = dict(zip(_METRICS, [_mean_percent(precision), *others], strict=True))
-        _logger.info("Results for bbox (nan: no such object):\n%s", create_small_table(metrics))
         classes = self._metadata.get("thing_classes") or ()
         if len(classes) > 1:
             assert precision.shape[2] == len(classes), "the annotation file has other classes"
-            per_class = [(n, _mean_percent(precision[:, :, k])) for k, n in enumerate(classes)]
-            _logger.info("AP of each class:\n%s", column_table(per_class, ["category", "AP"]))
-            metrics.update({f"AP-{name}": ap for name, ap in per_class})
+            for index, name in enumerate(classes):
+                metrics[f"AP-{name}"] = _mean_percent(precision[:, :, index])
+        table = tabulate(metrics.items(), headers=("bbox", "%"), tablefmt="pipe", floatfmt=".3f")
+        _logger.info("Results (nan: no such object):\n%s", table)
         return metrics
 
 
@@ -174,10 +148,6 @@ def _mean_percent(precision: np.ndarray) -> float:
 
 def instances_to_coco_json(instances: Instances, img_id: int) -> list[dict[str, Any]]:
     """Predictions of one image in COCO's result format: boxes become (x, y, width, height)."""
-    if len(instances) == 0:
-        return []
-    if instances.has("pred_masks") or instances.has("pred_keypoints"):
-        raise NotImplementedError(absence_message("evaluation of masks and keypoints"))
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     columns = (instances.pred_classes.tolist(), boxes.tolist(), instances.scores.tolist())
     return [

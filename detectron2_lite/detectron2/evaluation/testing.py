@@ -5,13 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def print_csv_format(results: Mapping[str, Any]) -> None:
+def print_csv_format(results: Mapping[str, Mapping[str, float]]) -> None:
     """Log the metrics of each task as comma-separated values, without those of single classes."""
     logger = logging.getLogger(__name__)
     for task, metrics in results.items():
-        if not isinstance(metrics, Mapping):
-            logger.info("copypaste: %s=%s", task, metrics)
-            continue
         overall = {name: value for name, value in metrics.items() if "-" not in name}
         logger.info("copypaste: Task: %s", task)
         logger.info("copypaste: %s", ",".join(overall))

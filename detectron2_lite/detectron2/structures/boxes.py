@@ -33,7 +33,8 @@ class BoxMode(IntEnum):
         assert modes == {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}, f"{modes} are not in detectron2_lite"
         if isinstance(box, (list, tuple)):
             assert len(box) == 4, f"a box has 4 numbers, got {box}"
-            return type(box)(BoxMode.convert(torch.tensor(box)[None], from_mode, to_mode)[0].tolist())
+            row = BoxMode.convert(torch.tensor(box)[None], from_mode, to_mode)[0].tolist()
+            return row if isinstance(box, list) else tuple(row)
         rows = box.clone() if isinstance(box, Tensor) else box.copy()
         rows[:, 2:] += rows[:, :2] if from_mode == BoxMode.XYWH_ABS else -rows[:, :2]
         return rows

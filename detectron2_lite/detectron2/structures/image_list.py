@@ -43,7 +43,7 @@ class ImageList:
         pad_value: float = 0.0,
         padding_constraints: Mapping[str, int] | None = None,
     ) -> ImageList:
-        """Pad images (..., H_i, W_i) to the smallest common size that ``size_divisibility`` divides.
+        """Pad images (..., H_i, W_i) to the smallest common multiple of ``size_divisibility``.
 
         ``padding_constraints`` may hold ``square_size``, the side of the padded images, and a
         ``size_divisibility`` that has precedence (see ``Backbone.padding_constraints``).
@@ -63,7 +63,7 @@ class ImageList:
         height, width = largest.unbind() if torch.jit.is_tracing() else largest.tolist()
         padded = []
         for image in tensors:
-            padding = [0, width - image.shape[-1], 0, height - image.shape[-2]]
+            padding: Any = [0, width - image.shape[-1], 0, height - image.shape[-2]]
             padded.append(F.pad(image, padding, value=pad_value))
         batch = padded[0].unsqueeze(0) if len(padded) == 1 else torch.stack(padded)
         return ImageList(batch.contiguous(), sizes)

@@ -84,7 +84,8 @@ def convert_to_coco_json(dataset_name: str, output_file: str) -> None:
     id_map = metadata.get("thing_dataset_id_to_contiguous_id")
     ids = sorted(id_map, key=id_map.__getitem__) if id_map else range(len(metadata.thing_classes))
     categories = [{"id": k, "name": n} for k, n in zip(ids, metadata.thing_classes, strict=True)]
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, entry in enumerate(DatasetCatalog.get(dataset_name)):
         image = {key: entry[key] for key in ("width", "height", "file_name")}
         images.append({**image, "id": entry.get("image_id", index)})

@@ -24,11 +24,8 @@ _BLOCKS_PER_STAGE = {
 
 
 def _conv(inputs: int, outputs: int, kernel_size: int, norm: Norm, **kwargs: Any) -> Conv2d:
-    conv = Conv2d(
-        inputs, outputs, kernel_size, bias=False, norm=get_norm(norm, outputs), **kwargs
-    )
-    weight_init.c2_msra_fill(conv)
-    return conv
+    norm_layer = get_norm(norm, outputs)
+    return Conv2d(inputs, outputs, kernel_size, bias=False, norm=norm_layer, **kwargs)
 
 
 class _ResidualBlock(CNNBlockBase):
@@ -39,6 +36,12 @@ class _ResidualBlock(CNNBlockBase):
         self.shortcut: Conv2d | None = None
         if in_channels != out_channels:
             self.shortcut = _conv(in_channels, out_channels, 1, norm, stride=stride)
+
+    def _initialize(self, *branch: Conv2d) -> None:
+        """Draw He-normal weights, those of the shortcut last, in the real one's order."""
+        for conv in (*branch, self.shortcut):
+            if conv is not None:
+                weight_init.c2_msra_fill(conv)
 
     def _join(self, branch: Tensor, x: Tensor) -> Tensor:
         branch += x if self.shortcut is None else self.shortcut(x)
@@ -54,6 +57,7 @@ class BasicBlock(_ResidualBlock):
         super().__init__(in_channels, out_channels, stride, norm)
         self.conv1 = _conv(in_channels, out_channels, 3, norm, stride=stride, padding=1)
         self.conv2 = _conv(out_channels, out_channels, 3, norm, padding=1)
+        self._initialize(self.conv1, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._join(self.conv2(F.relu_(self.conv1(x))), x)
@@ -85,6 +89,7 @@ class BottleneckBlock(_ResidualBlock):
         self.conv1 = _conv(in_channels, width, 1, norm, stride=first)
         self.conv2 = _conv(width, width, 3, norm, stride=middle, **spread)
         self.conv3 = _conv(width, out_channels, 1, norm)
+        self._initialize(self.conv1, self.conv2, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._join(self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x))))), x)
@@ -96,6 +101,7 @@ class BasicStem(CNNBlockBase):
     def __init__(self, in_channels: int = 3, out_channels: int = 64, norm: Norm = "BN") -> None:
         super().__init__(in_channels, out_channels, 4)
         self.conv1 = _conv(in_channels, out_channels, 7, norm, stride=2, padding=3)
+        weight_init.c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
@@ -179,9 +185,7 @@ class ResNet(Backbone):
         return blocks
 
     @staticmethod
-    def make_default_stages(
-        depth: int, **kwargs: Any
-    ) -> list[list[CNNBlockBase]]:
+    def make_default_stages(depth: int, **kwargs: Any) -> list[list[CNNBlockBase]]:
         """The four stages of ResNet-18, 34, 50, 101 or 152 of the paper's table 1."""
         bottleneck = depth >= 50
         block_class = BottleneckBlock if bottleneck else BasicBlock
