@@ -112,3 +112,16 @@ def test_names_match_at_dots_only(tmp_path: Path) -> None:
     before = model.state_dict()["my_head.weight"].clone()
     _load_matched(model, {"head.weight": torch.full((1, 1), 5.0)}, tmp_path)
     torch.testing.assert_close(model.state_dict()["my_head.weight"], before)
+
+
+def test_unknown_queries_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": {}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="colour"):
+        DetectionCheckpointer(Net()).load(f"{tmp_path / 'a.pth'}?colour=red")
+
+
+def test_a_query_asks_for_matching_by_the_ends(tmp_path: Path) -> None:
+    torch.save({"model": {"0.weight": torch.full((1, 1), 7.0)}}, tmp_path / "a.pth")
+    model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)))
+    DetectionCheckpointer(model).load(f"{tmp_path / 'a.pth'}?matching_heuristics=True")
+    assert model.state_dict()["0.0.weight"].item() == 7

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import (
@@ -11,8 +12,11 @@ from detectron2.data.datasets import (
     load_coco_json,
     register_coco_instances,
 )
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import BoxMode
 
+TRIANGLE = [0.0, 0.0, 4.0, 0.0, 0.0, 3.0]  # area 4 * 3 / 2 = 6
 CATEGORIES = [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}, {"id": 12, "name": "c"}]
 
 
@@ -125,7 +129,7 @@ def test_joined_datasets_need_equal_classes(tmp_path, name):
 def test_conversion_to_coco(tmp_path, name):
     objects = [
         {"bbox": np.array([1.0, 2.0, 4.0, 8.00049]), "bbox_mode": BoxMode.XYXY_ABS},
-        {"bbox": [0, 0, 4, 3], "bbox_mode": BoxMode.XYWH_ABS},
+        {"bbox": [0, 0, 4, 3], "bbox_mode": BoxMode.XYWH_ABS, "segmentation": [TRIANGLE]},
     ]
     for category, obj in enumerate(objects):
         obj["category_id"] = category
@@ -139,8 +143,44 @@ def test_conversion_to_coco(tmp_path, name):
     assert content["images"] == [{"id": 4, "width": 60, "height": 40, "file_name": "a.png"}]
     assert content["categories"] == [{"id": 5, "name": "x"}, {"id": 8, "name": "y"}]
     first, second = content["annotations"]
-    assert first["bbox"] == pytest.approx([1, 2, 3, 6], abs=1e-3)
+    assert first["bbox"] == [1, 2, 3, 6]
     assert first["area"] == pytest.approx(18.0015, abs=1e-3)
     assert (first["id"], first["image_id"], first["category_id"], first["iscrowd"]) == (1, 4, 5, 0)
-    assert (second["bbox"], second["area"]) == ([0, 0, 4, 3], 12)
+    assert second["area"] == 6  # the triangle's, not the box's
+    assert second["segmentation"] == [TRIANGLE]
+    before = file.stat().st_mtime_ns
+    convert_to_coco_json(name, str(file))
+    assert file.stat().st_mtime_ns == before
+    convert_to_coco_json(name, str(file), allow_cached=False)
+    assert file.stat().st_mtime_ns > before
     assert load_coco_json(str(file), "")[0]["annotations"][1]["category_id"] == 8
+
+
+def test_conversion_refuses_broken_boxes(name):
+    obj = {"bbox": np.zeros((1, 4)), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    entry = {"file_name": "a.png", "height": 4, "width": 6, "annotations": [obj]}
+    DatasetCatalog.register(name, lambda: [entry])
+    MetadataCatalog.get(name).thing_classes = ["x"]
+    with pytest.raises(ValueError, match="bbox"):
+        convert_to_coco_dict(name)
+
+
+def test_run_length_encoded_masks_become_text(name):
+    # Runs of 0 and 1 alternate: 1 pixel outside, 2 inside, 9 outside.
+    mask = pycocotools.mask.frPyObjects({"size": [3, 4], "counts": [1, 2, 9]}, 3, 4)
+    obj = {"bbox": [0, 1, 1, 2], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    entry = {"file_name": "a.png", "height": 3, "width": 4}
+    annotations = [{**obj, "segmentation": mask}]
+    DatasetCatalog.register(name, lambda: [{**entry, "annotations": annotations}])
+    MetadataCatalog.get(name).thing_classes = ["x"]
+    (written,) = convert_to_coco_dict(name)["annotations"]
+    assert written["area"] == 2
+    assert written["segmentation"] == {"size": [3, 4], "counts": mask["counts"].decode()}
+
+
+def test_coco_has_colours():
+    metadata = MetadataCatalog.get("coco_2017_val")
+    things = [category for category in COCO_CATEGORIES if category["isthing"]]
+    assert metadata.thing_colors == [category["color"] for category in things]
+    assert (things[0]["name"], metadata.thing_colors[0]) == ("person", [220, 20, 60])
+    assert len(metadata.thing_colors) == len(metadata.thing_classes) == 80

@@ -195,3 +195,11 @@ def test_dataclasses_survive_yaml(tmp_path: Path) -> None:
 def test_modules_are_built_from_configs() -> None:
     layer = instantiate(LazyCall(nn.Linear)(in_features=3, out_features="${.in_features}"))
     assert layer.weight.shape == (3, 3)
+
+
+def test_load_rel_starts_at_the_file_of_the_caller(folder: Path) -> None:
+    (folder / "rel.py").write_text(
+        "from detectron2.config import LazyConfig\n"
+        "train = LazyConfig.load_rel('parts/base.py', 'train')\n"
+    )
+    assert LazyConfig.load(str(folder / "rel.py")).train.seed == 1

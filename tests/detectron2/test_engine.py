@@ -18,13 +18,14 @@ from detectron2.engine import (
     AMPTrainer,
     HookBase,
     SimpleTrainer,
+    TrainerBase,
     create_ddp_model,
     default_argument_parser,
     default_setup,
     default_writers,
     hooks,
 )
-from detectron2.utils.events import JSONWriter, get_event_storage
+from detectron2.utils.events import EventStorage, JSONWriter, get_event_storage
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from torch import nn
@@ -41,11 +42,11 @@ class Slope(nn.Module):
         return {"loss_a": self.w * x.mean(), "loss_b": 2 * self.w * x.mean()}
 
 
-def _trainer(model: nn.Module | None = None, kind: Any = SimpleTrainer) -> Any:
+def _trainer(model: nn.Module | None = None, kind: Any = SimpleTrainer, **options: Any) -> Any:
     model = model or Slope()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     inputs = torch.ones(2, device=next(model.parameters()).device)
-    return kind(model, itertools.repeat(inputs), optimizer)
+    return kind(model, itertools.repeat(inputs), optimizer, **options)
 
 
 def _failing_trainer() -> Any:
@@ -139,12 +140,6 @@ def test_infinite_losses_stop_the_training() -> None:
     trainer = _trainer(model)
     with pytest.raises(FloatingPointError):
         trainer.train(0, 1)
-
-
-def test_gradients_do_not_add_up() -> None:
-    trainer = _trainer()
-    trainer.train(0, 3)
-    assert trainer.model.w.grad.item() == pytest.approx(3.0)
 
 
 @pytest.mark.gpu
@@ -377,3 +372,82 @@ def test_losses_can_use_the_storage_of_the_training() -> None:
     trainer = _trainer(Counting())
     trainer.train(0, 1)
     assert trainer.storage.latest()["inputs"] == (2.0, 0)
+
+
+@pytest.mark.parametrize("before_forward", [False, True])
+def test_gradients_do_not_add_up(before_forward: bool) -> None:
+    trainer = _trainer(zero_grad_before_forward=before_forward)
+    trainer.train(0, 3)
+    assert trainer.model.w.grad.item() == pytest.approx(3.0)
+
+
+def test_data_loaders_can_be_replaced() -> None:
+    trainer = _trainer()
+    trainer.train(0, 1)
+    trainer.reset_data_loader(lambda: [torch.full((2,), 2.0)])
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+    # 10 - 0.5 * 3, then 2 * 3 as gradient.
+    assert trainer.model.w.item() == pytest.approx(8.5 - 3.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "saved", "best"),
+    [
+        ("max", [0.3, 0.4, 0.35, 0.5], [1, 3, 8], 0.5),
+        ("min", [1.0, 0.8, 0.9, 0.9], [1, 3], 0.8),
+        ("max", [math.nan, 0.3, 0.3, 0.2], [3], 0.3),
+    ],
+)
+def test_best_checkpoints(
+    tmp_path: Path, mode: str, values: list[float], saved: list[int], best: float
+) -> None:
+    iterations = []
+
+    class Checkpointer(DetectionCheckpointer):
+        def save(self, name: str, **kwargs: Any) -> None:
+            assert name == "model_best"
+            iterations.append(kwargs["iteration"])
+
+    trainer = _trainer()
+    results = iter(values)
+    hook = hooks.BestCheckpointer(2, Checkpointer(trainer.model, str(tmp_path)), "AP", mode)
+    trainer.register_hooks([hooks.EvalHook(2, lambda: {"AP": next(results)}), hook])
+    trainer.train(0, 8)
+    assert iterations == saved
+    assert hook.best_metric == best
+
+
+def test_callbacks_get_the_trainer() -> None:
+    seen: list[tuple[str, int]] = []
+    trainer = _trainer()
+    hook = hooks.CallbackHook(
+        before_train=lambda t: seen.append(("before", t.iter)),
+        after_step=lambda t: seen.append(("step", t.iter)),
+        after_train=lambda t: seen.append(("after", t.iter)),
+    )
+    trainer.register_hooks([hook])
+    trainer.train(0, 2)
+    assert seen == [("before", 0), ("step", 0), ("step", 1), ("after", 2)]
+
+
+def test_metrics_are_gathered_periodically() -> None:
+    trainer = _trainer(gather_metric_period=2)
+    trainer.train(0, 4)
+    iterations = [iteration for _, iteration in trainer.storage.history("total_loss").values()]
+    assert iterations == [1, 3]
+
+
+def test_own_loops() -> None:
+    class Counting(TrainerBase):
+        steps = 0
+
+        def run_step(self) -> None:
+            self.steps += self.iter
+
+    trainer = Counting()
+    trainer.register_hooks([hooks.CallbackHook(after_step=lambda t: t.storage.put_scalar("x", 1))])
+    trainer.train(2, 5)
+    assert trainer.steps == 2 + 3 + 4
+    assert trainer.storage.latest() == {"x": (1.0, 4)}
+    assert trainer.state_dict() == {"iteration": 5}

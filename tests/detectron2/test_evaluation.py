@@ -12,6 +12,7 @@ from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
+    inference_context,
     inference_on_dataset,
     print_csv_format,
 )
@@ -181,6 +182,14 @@ def test_nothing_predicted(dataset):
 def test_unknown_classes_are_reported(dataset):
     with pytest.raises(AssertionError, match="class"):
         evaluate(COCOEvaluator(dataset, distributed=False), {1: [([0.0, 0, 9, 9], 0.9, 2)]})
+
+
+def test_inference_context_restores_the_mode():
+    for training in (True, False):
+        model = nn.Dropout().train(training)
+        with inference_context(model):
+            assert not model.training
+        assert model.training is training
 
 
 def test_other_datasets_are_converted(tmp_path):

@@ -15,6 +15,7 @@ from detectron2.utils.events import (
     JSONWriter,
     TensorboardXWriter,
     get_event_storage,
+    has_event_storage,
 )
 
 
@@ -25,11 +26,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 def test_storages_are_stacked() -> None:
     with pytest.raises(AssertionError):
         get_event_storage()
+    assert not has_event_storage()
     with EventStorage(3) as outer:
         assert (get_event_storage(), outer.iter) == (outer, 3)
         with EventStorage() as inner:
             assert get_event_storage() is inner
         assert get_event_storage() is outer
+        assert has_event_storage()
     with pytest.raises(AssertionError):
         get_event_storage()
 
@@ -39,7 +42,7 @@ def test_scalars_and_scopes() -> None:
         storage.put_scalars(loss=torch.tensor(2.0))
         with storage.name_scope("head"):
             storage.put_scalar("loss", 3, smoothing_hint=False)
-        storage.iter = 6
+        storage.step()
         storage.put_scalar("loss", 1)
     assert storage.latest() == {"loss": (1.0, 6), "head/loss": (3.0, 5)}
     assert storage.history("loss").values() == [(2.0, 5), (1.0, 6)]
@@ -135,11 +138,15 @@ def test_tensorboard_files(tmp_path: Path) -> None:
         writer = TensorboardXWriter(str(tmp_path))
         assert not list(tmp_path.iterdir()), "no file before there is anything to write"
         storage.put_scalar("loss", 2.0)
+        storage.put_image("picture", torch.zeros(3, 4, 5, dtype=torch.uint8))
         writer.write()
+        writer.write()  # the image does not come again
         writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 2.0)]
+    (image,) = events.Images("picture")
+    assert (image.step, image.width, image.height) == (4, 5, 4)
 
 
 def test_writers_are_a_class_to_derive_from() -> None:

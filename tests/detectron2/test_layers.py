@@ -7,6 +7,7 @@ from detectron2.layers import (
     Conv2d,
     FrozenBatchNorm2d,
     ShapeSpec,
+    cat,
     get_norm,
 )
 from torch import nn
@@ -112,3 +113,9 @@ def test_block_freezes_parameters_and_norms():
 def test_shape_spec_compares_by_value():
     assert ShapeSpec(channels=3, stride=4) == ShapeSpec(3, None, None, 4)
     assert ShapeSpec.__module__ == "detectron2.layers.shape_spec"  # saved configs name it
+
+
+def test_cat_does_not_copy_a_single_tensor():
+    single = torch.ones(2, 3)
+    assert cat([single]) is single
+    assert cat([single, single], dim=1).shape == (2, 6)

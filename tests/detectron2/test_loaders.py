@@ -106,13 +106,6 @@ def test_failed_samples_are_replaced():
     assert pickle.loads(pickle.dumps(dataset))[1] == 11
 
 
-def test_images_are_grouped_by_aspect_ratio():
-    sizes = [(4, 3), (3, 4), (3, 3), (5, 1), (1, 5), (9, 2)]
-    images = [{"width": w, "height": h, "id": k} for k, (w, h) in enumerate(sizes)]
-    batches = list(AspectRatioGroupedDataset(images, 2))
-    assert [[image["id"] for image in batch] for batch in batches] == [[1, 2], [0, 3]]
-
-
 @pytest.fixture
 def images(tmp_path):
     entries = []
@@ -265,3 +258,10 @@ def test_inference_loader_keeps_the_last_batch(images):
     loader = build_detection_test_loader(images, mapper=None, batch_size=3)
     assert len(loader) == 2
     assert [[image["image_id"] for image in batch] for batch in loader] == [[0, 1, 2], [3]]
+
+
+def test_images_are_grouped_by_aspect_ratio():
+    sizes = [(4, 3), (3, 4), (3, 3), (5, 1), (1, 5), (9, 2)]
+    images = [{"width": w, "height": h, "id": k} for k, (w, h) in enumerate(sizes)]
+    batches = list(AspectRatioGroupedDataset(images, 2))
+    assert [[image["id"] for image in batch] for batch in batches] == [[1, 2], [0, 3]]

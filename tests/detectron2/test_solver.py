@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
-from fvcore.common.param_scheduler import MultiStepParamScheduler
+from detectron2.solver.build import reduce_param_groups
+from fvcore.common.param_scheduler import LinearParamScheduler, MultiStepParamScheduler
 from torch import nn
 
 
@@ -20,9 +21,19 @@ def test_linear_warmup_reaches_the_schedule() -> None:
     assert values == pytest.approx([0.2, 0.6, 1.0, 1.0, 0.1])
 
 
-def test_unknown_warmup_methods_are_named() -> None:
+def test_constant_warmup_and_unknown_method() -> None:
+    schedule = WarmupParamScheduler(_steps(), 0.2, 0.4, "constant")
+    assert [schedule(0.0), schedule(0.39), schedule(0.4)] == pytest.approx([0.2, 0.2, 1.0])
     with pytest.raises(ValueError, match="exponential"):
         WarmupParamScheduler(_steps(), 0.2, 0.4, "exponential")
+
+
+def test_rescaled_schedules_start_after_the_warmup() -> None:
+    line = LinearParamScheduler(1.0, 0.0)
+    # Cut: at 0.5 the line is at 0.5. Squeezed: it starts there at 1 and is at 0.5 at 0.75.
+    assert WarmupParamScheduler(line, 0.0, 0.5)(0.5) == pytest.approx(0.5)
+    squeezed = WarmupParamScheduler(line, 0.0, 0.5, rescale_interval=True)
+    assert [squeezed(0.25), squeezed(0.5), squeezed(0.75)] == pytest.approx([0.5, 1.0, 0.5])
 
 
 def _optimizer() -> torch.optim.SGD:
@@ -87,8 +98,9 @@ def test_groups_by_layer_name_and_kind() -> None:
         base_lr=1.0,
         weight_decay=0.5,
         weight_decay_norm=0.0,
+        weight_decay_bias=0.25,
+        bias_lr_factor=2.0,
         lr_factor_func=_backbone_factor,
-        overrides={"bias": {"lr": 2.0, "weight_decay": 0.25}},
     )
     assert _settings(model, groups) == {
         "backbone.0.weight": (0.1, 0.5),
@@ -118,3 +130,23 @@ def test_overrides_win_by_name() -> None:
 def test_factors_need_a_base_rate() -> None:
     with pytest.raises(ValueError, match="base_lr"):
         get_default_optimizer_params(nn.Linear(1, 1), lr_factor_func=_backbone_factor)
+
+
+def test_reducing_keeps_the_latest_settings_and_the_names() -> None:
+    a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    reduced = reduce_param_groups(
+        [
+            {"params": [a, b, c], "param_names": ["a", "b", "c"], "lr": 1.0},
+            {"params": [b], "param_names": ["b"], "lr": 2.0},
+        ]
+    )
+    names = [(group["lr"], group["param_names"]) for group in reduced]
+    assert names == [(1.0, ["a", "c"]), (2.0, ["b"])]
+    assert [[id(p) for p in group["params"]] for group in reduced] == [[id(a), id(c)], [id(b)]]
+
+
+def test_bias_has_one_setting() -> None:
+    with pytest.raises(ValueError, match="bias"):
+        get_default_optimizer_params(nn.Linear(1, 1), weight_decay_bias=0.0, overrides={"bias": {}})
+    with pytest.raises(ValueError, match="base_lr"):
+        get_default_optimizer_params(nn.Linear(1, 1), bias_lr_factor=2.0)

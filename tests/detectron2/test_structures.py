@@ -11,6 +11,7 @@ from detectron2.structures import (
     BoxMode,
     ImageList,
     Instances,
+    pairwise_ioa,
     pairwise_iou,
 )
 
@@ -89,10 +90,11 @@ def test_boxes_select_like_tensors():
 
 
 def test_pairwise_overlap():
-    # Intersection 2 x 2 = 4 of areas 16 and 12: IoU 4 / (16 + 12 - 4) = 1/6.
+    # Intersection 2 x 2 = 4 of areas 16 and 12: IoU 4 / (16 + 12 - 4) = 1/6, IoA 4 / 12 = 1/3.
     first = boxes([0, 0, 4, 4], [20, 20, 21, 21])
     second = boxes([2, 2, 4, 8])
     assert pairwise_iou(first, second)[:, 0].tolist() == pytest.approx([1 / 6, 0])
+    assert pairwise_ioa(first, second)[:, 0].tolist() == pytest.approx([1 / 3, 0])
     empty = boxes([1, 1, 1, 1])
     assert pairwise_iou(empty, empty).tolist() == [[0]]  # 0 / 0 is defined as no overlap
     assert pairwise_iou(first, boxes()).shape == (2, 0)

@@ -1,3 +1,4 @@
 """Configurations that are Python files, and their lazily constructed objects."""
 
-from detectron2.config.lazy import LazyCall, LazyConfig, instantiate
+from .instantiate import instantiate
+from .lazy import LazyCall, LazyConfig

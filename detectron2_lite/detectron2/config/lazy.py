@@ -1,8 +1,9 @@
-"""Configuration files in Python: loading, overriding, saving them, and building their objects."""
+"""Configuration files in Python: loading, overriding and saving them."""
 
 import builtins
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -12,12 +13,13 @@ from typing import Any
 import cloudpickle
 import yaml
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import _convert_target_to_string, locate
+from detectron2.utils.registry import _convert_target_to_string
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
 _CONFIG_PACKAGE = "detectron2._cfg_loader"  # marks the globals of configuration files
 _FLAGS = {"allow_objects": True}
+Keys = str | tuple[str, ...] | None
 
 
 class LazyCall:
@@ -56,9 +58,7 @@ def _find_relative_import(importer: str, name: str, level: int) -> str:
         importer = os.path.dirname(importer)
     target = os.path.join(importer, *name.split("."))
     if not PathManager.isfile(target + ".py"):
-        raise ImportError(
-            f"A relative import in a config needs a file: {target}.py does not exist."
-        )
+        raise ImportError(f"A relative import in a config needs {target}.py: it does not exist.")
     return target + ".py"
 
 
@@ -105,11 +105,17 @@ class LazyConfig:
     """Loads, saves and overrides configurations of lazily constructed objects."""
 
     @staticmethod
-    def load(filename: str, keys: str | tuple[str, ...] | None = None) -> Any:
-        """Loads a ``.py``, ``.yaml`` or ``.yml`` configuration file (else ValueError).
+    def load_rel(filename: str, keys: Keys = None) -> Any:
+        """:meth:`load` of a path relative to the source file of the caller."""
+        folder = os.path.dirname(sys._getframe(1).f_code.co_filename)
+        return LazyConfig.load(os.path.join(folder, filename), keys)
 
-        A name as ``keys`` returns that object, a tuple of names a tuple of objects, None all the
-        configurations in the file, without private names, as one DictConfig.
+    @staticmethod
+    def load(filename: str, keys: Keys = None) -> Any:
+        """Loads a ``.py``, ``.yaml`` or ``.yml`` file (else ValueError).
+
+        ``keys``: a name for that object, a tuple of names for a tuple, None for all configurations
+        of the file but those with private names, as one DictConfig.
         """
         if filename.endswith(".py"):
             loaded: Any = _run_with_relative_imports(filename.replace("/./", "/"))
@@ -163,30 +169,3 @@ class LazyConfig:
                     raise KeyError(f"{key} cannot be set: {key[:end]} is the value {value!r}.")
             OmegaConf.update(cfg, key, override.value(), merge=True)
         return cfg
-
-
-def instantiate(cfg: Any) -> Any:
-    """Builds the object that ``cfg`` describes.
-
-    A mapping with ``_target_`` (a callable, its dotted name or a configuration of one) becomes the
-    result of calling the target with the other entries, which are instantiated first. Lists are
-    instantiated element by element, structured configurations become their dataclass, and whatever
-    is left is returned as it is. A TypeError from a call is logged with the name of its target.
-    """
-    if isinstance(cfg, ListConfig):
-        return ListConfig([instantiate(x) for x in cfg], flags={"allow_objects": True})
-    if isinstance(cfg, list):
-        return [instantiate(x) for x in cfg]
-    if isinstance(cfg, DictConfig) and is_dataclass(cfg._metadata.object_type):
-        return OmegaConf.to_object(cfg)
-    if not (isinstance(cfg, Mapping) and "_target_" in cfg):
-        return cfg
-    arguments = {key: instantiate(value) for key, value in cfg.items()}
-    target = instantiate(arguments.pop("_target_"))
-    target = locate(target) if isinstance(target, str) else target
-    assert callable(target), f"_target_ {target!r} is not callable."
-    try:
-        return target(**arguments)
-    except TypeError:
-        logging.getLogger(__name__).error("Error when instantiating %s!", target)
-        raise

@@ -1,4 +1,4 @@
-"""Loaders for training and evaluation."""
+"""Joining registered datasets, and loaders for training and evaluation."""
 
 import logging
 from collections import Counter
@@ -35,8 +35,7 @@ def get_detection_dataset_dicts(
 ) -> list[dict[str, Any]]:
     """Join registered datasets, without images of no object but crowds if ``filter_empty``.
 
-    Raises AssertionError if no image is left, KeyError for a name that is not registered,
-    ValueError if ``check_consistency`` and ``thing_classes`` differ.
+    AssertionError if no image is left, ValueError if ``thing_classes`` are inconsistent.
     """
     names = [names] if isinstance(names, str) else names
     loaded = [DatasetCatalog.get(name) for name in names]
@@ -44,9 +43,7 @@ def get_detection_dataset_dicts(
         assert len(entries) > 0, f"dataset '{name}' has no images"
         classes = [MetadataCatalog.get(n).get("thing_classes") for n in (names[0], name)]
         if check_consistency and classes[0] != classes[1]:
-            raise ValueError(
-                f"'thing_classes' of '{names[0]}' and '{name}', which are joined, differ: {classes}"
-            )
+            raise ValueError(f"thing_classes of '{names[0]}' and '{name}' differ: {classes}")
     joined = list(chain.from_iterable(loaded))
     if filter_empty and joined and "annotations" in joined[0]:
         usable = [d for d in joined if any(not o.get("iscrowd", 0) for o in d["annotations"])]
@@ -73,11 +70,7 @@ def build_detection_train_loader(
     collate_fn: Function | None = None,
     **kwargs: Any,
 ) -> Any:
-    """An endless loader of ``total_batch_size`` images of a list or map-style dataset.
-
-    AssertionError if the number of processes does not divide the batch size, or
-    ``aspect_ratio_grouping`` meets a ``collate_fn``. ``kwargs`` go to torch's ``DataLoader``.
-    """
+    """An endless loader of a list or map-style dataset; ``kwargs`` are those of ``DataLoader``."""
     dataset = _map_dataset(dataset, mapper)
     batch_size, rest = divmod(total_batch_size, get_world_size())
     fits = batch_size > 0 and rest == 0

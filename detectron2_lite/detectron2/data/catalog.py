@@ -32,10 +32,7 @@ class _DatasetCatalog(_Catalog):
 
 
 class Metadata(SimpleNamespace):
-    """Facts about one dataset, e.g. ``thing_classes``; several parts rely on one, so none changes.
-
-    Another value for an attribute that is set raises AssertionError.
-    """
+    """Facts about one dataset, e.g. ``thing_classes``; one that is set cannot change."""
 
     name: str = "N/A"
 

@@ -1,4 +1,4 @@
-"""Datasets made from lists and functions."""
+"""Datasets made from lists, functions and other datasets."""
 
 import copy as copy_module
 import pickle
@@ -66,8 +66,7 @@ class AspectRatioGroupedDataset(data.IterableDataset):
     """Batches of dictionaries with ``width`` > ``height`` in all or none; saves padding."""
 
     def __init__(self, dataset: Any, batch_size: int) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
+        self.dataset, self.batch_size = dataset, batch_size
         self._buckets: tuple[list[Any], list[Any]] = ([], [])
 
     def __iter__(self) -> Iterator[list[Any]]:

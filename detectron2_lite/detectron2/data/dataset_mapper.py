@@ -13,11 +13,7 @@ from . import transforms as T
 
 
 class DatasetMapper:
-    """Reads and augments the image of an entry; its boxes become ``instances`` if ``is_train``.
-
-    Returns a changed copy of the entry whose ``image`` is a uint8 tensor (3, H, W); annotations
-    are removed, and crowds and empty boxes are not among the ``instances``.
-    """
+    """Reads and augments an entry's ``image`` (uint8 (3, H, W)); boxes become ``instances``."""
 
     def __init__(
         self,

@@ -18,10 +18,9 @@ class SizeMismatchError(ValueError):
 
 
 def read_image(file_name: str, format: str | None = None) -> np.ndarray:
-    """Read an image and turn it upright as its EXIF orientation says.
+    """Read an image (H, W, C) and turn it upright as its EXIF orientation says.
 
-    ``format`` is a Pillow mode such as RGB, or BGR, or None to keep the file's mode. The result is
-    uint8 (H, W, C), with C = 1 for L; (H, W) for a grey image that is read with None.
+    ``format`` is a Pillow mode such as RGB, or BGR, or None to keep the file's mode.
     """
     with PathManager.open(file_name, "rb") as file:
         image: Image.Image = Image.open(file)
@@ -50,10 +49,7 @@ def check_image_size(dataset_dict: dict[str, Any], image: np.ndarray) -> None:
     said = (dataset_dict.setdefault("width", width), dataset_dict.setdefault("height", height))
     if said != (width, height):
         name = dataset_dict.get("file_name", "an image")
-        raise SizeMismatchError(
-            f"{name} is {width} x {height} pixels, but its annotation says {said[0]} x {said[1]}; "
-            "correct width and height in the annotation file"
-        )
+        raise SizeMismatchError(f"{name} is {width} x {height} pixels, its annotation says {said}")
 
 
 def transform_instance_annotations(
@@ -61,8 +57,7 @@ def transform_instance_annotations(
 ) -> dict[str, Any]:
     """Apply the transforms of an image to one of its objects, in place.
 
-    ``image_size`` is (height, width) after them. The box becomes XYXY_ABS in float64, clipped to
-    the image; ``segmentation`` is a list of polygons.
+    The box becomes XYXY_ABS, clipped to ``image_size`` (height, width) after them.
     """
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     height, width = image_size
@@ -93,10 +88,7 @@ def filter_empty_instances(
     box_threshold: float = 1e-5,
     return_mask: bool = False,
 ) -> Any:
-    """Keep objects whose ``gt_boxes`` are wider and higher than the threshold; there are no masks.
-
-    ``return_mask`` also returns which objects were kept, boolean (objects,).
-    """
+    """Objects with boxes above the threshold; ``return_mask`` adds which, boolean (objects,)."""
     assert by_box and not by_mask, "only boxes can be filtered in detectron2_lite"
     keep = instances.gt_boxes.nonempty(threshold=box_threshold)
     return (instances[keep], keep) if return_mask else instances[keep]

@@ -1,18 +1,14 @@
-"""The usual beginning of a training script, and one process per GPU."""
+"""The usual beginning of a training script."""
 
 import argparse
 import os
-import socket
 import sys
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.config import LazyConfig
 from detectron2.utils import comm, events
+from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -69,8 +65,7 @@ def default_setup(cfg: DictConfig, args: Any) -> None:
     setup_logger(output_dir, rank, name="fvcore")
     logger = setup_logger(output_dir, rank)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    versions = f"Python {sys.version}\nPyTorch {torch.__version__}, {torch.__config__.show()}"
-    logger.info("Environment info:\n%s", versions)
+    logger.info("Environment info:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
     if config_file := getattr(args, "config_file", ""):
         with PathManager.open(config_file) as file:
@@ -96,52 +91,3 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[events
     json_writer = events.JSONWriter(os.path.join(output_dir, "metrics.json"))
     printer = events.CommonMetricPrinter(max_iter)
     return [printer, json_writer, events.TensorboardXWriter(output_dir)]
-
-
-def launch(
-    main_func: Callable[..., Any],
-    num_gpus_per_machine: int,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str | None = None,
-    args: tuple[Any, ...] = (),
-    timeout: timedelta = timedelta(minutes=30),
-) -> None:
-    """Calls ``main_func(*args)`` in as many processes as asked for; to be run on every machine.
-
-    A single process is this one, without a process group. Otherwise the processes are spawned (so
-    pickle has to find the function by name), meet at ``dist_url`` ("auto" takes a free port of this
-    machine), and talk over NCCL, or over gloo where there is no GPU.
-    """
-    world_size = num_machines * num_gpus_per_machine
-    if world_size <= 1:
-        main_func(*args)
-        return
-    if dist_url == "auto":
-        assert num_machines == 1, "dist_url 'auto' works on a single machine only."
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    first_rank = machine_rank * num_gpus_per_machine
-    group = {"init_method": dist_url, "world_size": world_size, "timeout": timeout}
-    worker_args = (main_func, args, num_gpus_per_machine, first_rank, group)
-    mp.start_processes(_run_worker, nprocs=num_gpus_per_machine, args=worker_args, daemon=False)
-
-
-def _run_worker(
-    local_rank: int,
-    main_func: Callable[..., Any],
-    args: tuple[Any, ...],
-    num_processes: int,
-    first_rank: int,
-    group: dict[str, Any],
-) -> None:
-    if has_gpu := torch.cuda.is_available():
-        found = torch.cuda.device_count()
-        assert num_processes <= found, f"{num_processes} GPUs were asked for, {found} are here."
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if has_gpu else "gloo"
-    dist.init_process_group(backend=backend, rank=first_rank + local_rank, **group)
-    comm.create_local_process_group(num_processes)
-    comm.synchronize()  # nobody starts, and times out, while others still set up
-    main_func(*args)

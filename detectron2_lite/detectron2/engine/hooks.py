@@ -1,20 +1,46 @@
 """The hooks of most trainings."""
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 from fvcore.common.param_scheduler import ParamScheduler
 
 from .train_loop import HookBase
+
+_Callback = Callable[[Any], Any] | None
+
+
+class CallbackHook(HookBase):
+    """Calls, at each moment for which one is given, a function of the trainer."""
+
+    def __init__(
+        self,
+        *,
+        before_train: _Callback = None,
+        after_train: _Callback = None,
+        before_step: _Callback = None,
+        after_step: _Callback = None,
+    ) -> None:
+        given = {"before_train": before_train, "after_train": after_train}
+        given.update(before_step=before_step, after_step=after_step)
+        for moment, function in given.items():
+            if function is not None:
+                setattr(self, moment, partial(self._call, function))
+
+    def _call(self, function: Callable[[Any], Any]) -> None:
+        function(self.trainer)
 
 
 class IterationTimer(HookBase):
@@ -96,6 +122,39 @@ class EvalHook(HookBase):
         if self.trainer.iter + 1 >= self.trainer.max_iter:
             self._do_eval()
         del self._func  # a closure over the trainer would keep it alive
+
+
+class BestCheckpointer(EvalHook):
+    """Saves the model when a metric such as "bbox/AP50" improves; to follow its EvalHook."""
+
+    def __init__(
+        self,
+        eval_period: int,
+        checkpointer: Checkpointer,
+        val_metric: str,
+        mode: str = "max",
+        file_prefix: str = "model_best",
+    ) -> None:
+        super().__init__(eval_period, self._compare_and_save)
+        assert mode in ("max", "min"), f"mode is 'max' or 'min', not {mode!r}."
+        self._checkpointer, self._file_prefix = checkpointer, file_prefix
+        self._metric, self._sign = val_metric, 1 if mode == "max" else -1
+        self.best_metric: float | None = None
+        self.best_iter: int | None = None
+
+    def _compare_and_save(self) -> None:
+        logger, latest = logging.getLogger(__name__), self.trainer.storage.latest()
+        if self._metric not in latest:
+            logger.warning("There is no metric %s to choose a checkpoint by.", self._metric)
+            return
+        value, iteration = latest[self._metric]
+        best = -math.inf if self.best_metric is None else self._sign * self.best_metric
+        if not math.isfinite(value) or self._sign * value <= best:
+            logger.info("Not saved: %s is %.5f, best %s", self._metric, value, self.best_metric)
+            return
+        self.best_metric, self.best_iter = value, iteration
+        self._checkpointer.save(self._file_prefix, iteration=iteration)
+        logger.info("Saved the best model: %s is %.5f @ %d", self._metric, value, iteration)
 
 
 class LRScheduler(HookBase):

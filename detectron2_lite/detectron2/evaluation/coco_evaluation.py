@@ -26,7 +26,13 @@ _logger = logging.getLogger(__name__)
 
 
 class COCOEvaluator(DatasetEvaluator):
-    """AP of predicted boxes on a dataset with, or converted to, a COCO annotation file."""
+    """AP of predicted boxes on a dataset with, or converted to, a COCO annotation file.
+
+    ``output_dir`` gets ``instances_predictions.pth``, ``coco_instances_results.json`` and, for a
+    dataset without ``json_file`` in its metadata, ``NAME_coco_format.json`` (ValueError without
+    ``output_dir``), of an earlier run if ``allow_cached_coco``. Tasks other than ``bbox`` raise
+    NotImplementedError. ``use_fast_impl`` has no effect: pycocotools is always used.
+    """
 
     def __init__(
         self,
@@ -37,30 +43,19 @@ class COCOEvaluator(DatasetEvaluator):
         *,
         max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
+        kpt_oks_sigmas: Sequence[float] = (),
+        allow_cached_coco: bool = True,
     ) -> None:
-        """Open the annotations.
-
-        Args:
-            dataset_name: a registered dataset. Without ``json_file`` in its metadata it is
-                converted to ``output_dir``/NAME_coco_format.json (ValueError without the latter).
-            tasks: only ``bbox`` is known here; others raise NotImplementedError.
-            distributed: gather predictions from all processes; otherwise evaluate one's own.
-            output_dir: where to write ``instances_predictions.pth`` and, in COCO's result
-                format, ``coco_instances_results.json``.
-            max_dets_per_image: how many of the best detections of an image count, default 100.
-            use_fast_impl: has no effect: pycocotools is always used.
-        """
-        if set(tasks or ()) - {"bbox"}:
-            raise NotImplementedError(absence_message(f"evaluation of {tasks}"))
-        self._distributed = distributed
-        self._output_dir = output_dir
+        if set(tasks or ()) - {"bbox"} or kpt_oks_sigmas:
+            raise NotImplementedError(absence_message(f"evaluation of {tasks or 'keypoints'}"))
+        self._distributed, self._output_dir = distributed, output_dir
         self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
         self._metadata = MetadataCatalog.get(dataset_name)
         if not hasattr(self._metadata, "json_file"):
             if output_dir is None:
                 raise ValueError(f"dataset '{dataset_name}' needs conversion: give an output_dir")
             json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
-            convert_to_coco_json(dataset_name, json_file)
+            convert_to_coco_json(dataset_name, json_file, allow_cached=allow_cached_coco)
             self._metadata.json_file = json_file
         self._coco_api = open_coco_file(self._metadata.json_file)
         self._predictions: list[dict[str, Any]] = []
@@ -75,10 +70,9 @@ class COCOEvaluator(DatasetEvaluator):
             self._predictions.append({"image_id": image["image_id"], "instances": found})
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """{"bbox": metrics in percent}: AP, AP50, AP75, APs, APm, APl and AP-CLASS of each class.
+        """{"bbox": metrics in percent}, nan where there is no such object.
 
-        nan where there is no such object. Empty outside the main process, without predictions,
-        and without annotations. AssertionError if a predicted class does not exist.
+        Empty outside the main process, without predictions, and without annotations.
         """
         predictions = self._predictions
         if self._distributed:
@@ -110,11 +104,8 @@ class COCOEvaluator(DatasetEvaluator):
         id_map = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
         original = {contiguous: category_id for category_id, contiguous in id_map.items()}
         for result in results if original else ():
-            predicted = result["category_id"]
-            assert predicted in original, (
-                f"class {predicted} was predicted for image {result['image_id']}, but dataset "
-                f"'{self._metadata.name}' has only {len(original)} classes"
-            )
+            predicted, name = result["category_id"], self._metadata.name
+            assert predicted in original, f"'{name}' has no class {predicted}, which was predicted"
             result["category_id"] = original[predicted]
 
     def _average_precision(self, results: list[dict[str, Any]]) -> dict[str, float]:

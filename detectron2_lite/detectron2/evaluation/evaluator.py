@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, MutableSequence, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -57,11 +57,7 @@ def inference_on_dataset(
     data_loader: Any,
     evaluator: DatasetEvaluator | MutableSequence[DatasetEvaluator] | None,
 ) -> dict[str, Any]:
-    """Run ``model`` over all batches without gradients, and evaluate its outputs.
-
-    A module runs in evaluation mode and returns to its mode. With None as ``evaluator``, or where
-    it returns None, the result is an empty dictionary.
-    """
+    """Run ``model`` over all batches, a module in evaluation mode, and evaluate its outputs."""
     if evaluator is None or isinstance(evaluator, MutableSequence):
         evaluator = DatasetEvaluators(evaluator or [])
     evaluator.reset()
@@ -69,8 +65,7 @@ def inference_on_dataset(
     logger.info("Start inference on %d batches", total)
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
-            stack.callback(model.train, model.training)
-            model.eval()
+            stack.enter_context(inference_context(model))
         stack.enter_context(torch.no_grad())
         logged = start = time.perf_counter()
         for done, inputs in enumerate(data_loader, start=1):
@@ -79,6 +74,14 @@ def inference_on_dataset(
             if now - logged > 5 or done == total:
                 logged, seconds = now, (now - start) / done
                 eta = timedelta(seconds=int(seconds * (total - done)))
-                speed = f"{seconds:.4f} s / batch. ETA={eta}"
-                logger.info("Inference done %d/%d. %s", done, total, speed)
+                logger.info("Inference %d/%d, %.4f s/batch, ETA %s", done, total, seconds, eta)
     return evaluator.evaluate() or {}
+
+
+@contextmanager
+def inference_context(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the earlier mode after it."""
+    training = model.training
+    model.eval()
+    yield
+    model.train(training)

@@ -1,9 +1,6 @@
 """Layers of convolutional backbones."""
 
-from detectron2._absent import absent_name_getter
-
-from .batch_norm import FrozenBatchNorm2d, get_norm
+from .batch_norm import FrozenBatchNorm2d, LayerNorm, Norm, get_norm
+from .blocks import CNNBlockBase
 from .shape_spec import ShapeSpec
-from .wrappers import CNNBlockBase, Conv2d
-
-__getattr__ = absent_name_getter(__name__)
+from .wrappers import BatchNorm2d, Conv2d, ConvTranspose2d, Linear, cat, interpolate

@@ -1,4 +1,4 @@
-"""Normalisation layers of convolutional backbones."""
+"""Normalisation layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,19 +20,16 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.eps = eps
+        self.num_features, self.eps = num_features, eps
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
 
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""

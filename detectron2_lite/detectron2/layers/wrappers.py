@@ -1,13 +1,22 @@
-"""A convolution with its norm, and the base of the blocks that backbones are built from."""
+"""PyTorch layers under the names that configs use, and a convolution with its norm."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .batch_norm import FrozenBatchNorm2d
+BatchNorm2d = nn.BatchNorm2d
+ConvTranspose2d = nn.ConvTranspose2d
+Linear = nn.Linear
+interpolate = F.interpolate
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat`` that hands a single tensor back without a copy."""
+    assert isinstance(tensors, (list, tuple))
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 class Conv2d(nn.Conv2d):
@@ -21,8 +30,7 @@ class Conv2d(nn.Conv2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.norm = norm
-        self.activation = activation
+        self.norm, self.activation = norm, activation
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W')."""
@@ -30,19 +38,3 @@ class Conv2d(nn.Conv2d):
         if self.norm is not None:
             output = self.norm(output)
         return output if self.activation is None else self.activation(output)
-
-
-class CNNBlockBase(nn.Module):
-    """A module from (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.stride = stride
-
-    def freeze(self) -> CNNBlockBase:
-        """Stop gradients to all parameters and freeze all batch norms; returns the block."""
-        self.requires_grad_(False)
-        FrozenBatchNorm2d.convert_frozen_batchnorm(self)
-        return self

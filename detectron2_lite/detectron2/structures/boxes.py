@@ -107,11 +107,21 @@ class Boxes:
         return cls(torch.cat([boxes.tensor for boxes in boxes_list] or [torch.empty(0)]))
 
 
-def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> Tensor:
-    """Intersection over union of all pairs, (N, M); 0 where two boxes do not overlap."""
+def _pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> Tensor:
     first, second = boxes1.tensor[:, None], boxes2.tensor  # (N, 1, 4), (M, 4)
     top_left = torch.max(first[..., :2], second[:, :2])
     bottom_right = torch.min(first[..., 2:], second[:, 2:])
-    inter = (bottom_right - top_left).clamp(min=0).prod(dim=2)
+    return (bottom_right - top_left).clamp(min=0).prod(dim=2)
+
+
+def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> Tensor:
+    """Intersection over union of all pairs, (N, M); 0 where two boxes do not overlap."""
+    inter = _pairwise_intersection(boxes1, boxes2)
     union = boxes1.area()[:, None] + boxes2.area() - inter
     return torch.where(inter > 0, inter / union, inter.new_zeros(1))
+
+
+def pairwise_ioa(boxes1: Boxes, boxes2: Boxes) -> Tensor:
+    """Intersection over the area of ``boxes2`` for all pairs, (N, M)."""
+    inter = _pairwise_intersection(boxes1, boxes2)
+    return torch.where(inter > 0, inter / boxes2.area(), inter.new_zeros(1))

@@ -18,8 +18,7 @@ class ImageList:
     """
 
     def __init__(self, tensor: Tensor, image_sizes: list[tuple[int, int]]) -> None:
-        self.tensor = tensor
-        self.image_sizes = image_sizes
+        self.tensor, self.image_sizes = tensor, image_sizes
 
     def __len__(self) -> int:
         return len(self.image_sizes)
@@ -45,22 +44,20 @@ class ImageList:
     ) -> ImageList:
         """Pad images (..., H_i, W_i) to the smallest common multiple of ``size_divisibility``.
 
-        ``padding_constraints`` may hold ``square_size``, the side of the padded images, and a
-        ``size_divisibility`` that has precedence (see ``Backbone.padding_constraints``).
+        ``padding_constraints`` may hold ``square_size`` and a preferred ``size_divisibility``.
         """
         constraints = padding_constraints or {}
         divisor = max(constraints.get("size_divisibility", size_divisibility), 1)
         sizes: list[Any] = [tuple(image.shape[-2:]) for image in tensors]
-        if torch.jit.is_tracing():
+        tracing = torch.jit.is_tracing()
+        if tracing:
             sizes = [torch.stack(size) for size in sizes]
-            largest = torch.stack(sizes).max(0).values
-        else:
-            largest = torch.tensor(sizes).max(0).values
+        largest = (torch.stack(sizes) if tracing else torch.tensor(sizes)).max(0).values
         if constraints.get("square_size", 0) > 0:
             largest = torch.full_like(largest, constraints["square_size"])
         if divisor > 1:
             largest = (largest + (divisor - 1)).div(divisor, rounding_mode="floor") * divisor
-        height, width = largest.unbind() if torch.jit.is_tracing() else largest.tolist()
+        height, width = largest.unbind() if tracing else largest.tolist()
         padded = []
         for image in tensors:
             padding: Any = [0, width - image.shape[-1], 0, height - image.shape[-2]]

@@ -1,4 +1,4 @@
-"""Random seeds."""
+"""Random seeds, and the version of PyTorch."""
 
 import logging
 import os
@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import torch
+
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def seed_all_rng(seed: int | None = None) -> None:

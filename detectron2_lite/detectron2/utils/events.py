@@ -22,6 +22,11 @@ def get_event_storage() -> "EventStorage":
     return _storages[-1]
 
 
+def has_event_storage() -> bool:
+    """Whether :func:`get_event_storage` would find one."""
+    return bool(_storages)
+
+
 class EventStorage:
     """The history of every scalar by iteration; a context manager."""
 
@@ -31,6 +36,7 @@ class EventStorage:
         self._smoothing_hints: dict[str, bool] = {}
         self._latest: dict[str, tuple[float, int]] = {}
         self._prefix = ""
+        self._images: list[tuple[str, Any, int]] = []
 
     def __enter__(self) -> "EventStorage":
         _storages.append(self)
@@ -38,6 +44,10 @@ class EventStorage:
 
     def __exit__(self, *exception: object) -> None:
         assert _storages.pop() is self, "EventStorages have to be left in order."
+
+    def step(self) -> None:
+        """Goes to the next iteration."""
+        self.iter += 1
 
     def put_scalar(self, name: str, value: Any, smoothing_hint: bool = True) -> None:
         """Adds a number; the hint says that it is noisy, and has to stay the same."""
@@ -51,6 +61,10 @@ class EventStorage:
         """:meth:`put_scalar` for each keyword argument."""
         for name, value in kwargs.items():
             self.put_scalar(name, value, smoothing_hint)
+
+    def put_image(self, img_name: str, img_tensor: Any) -> None:
+        """Keeps an RGB image (3, H, W), uint8 or float in [0, 1], for TensorBoard."""
+        self._images.append((img_name, img_tensor, self.iter))
 
     def history(self, name: str) -> HistoryBuffer:
         """All values of a scalar; KeyError if there are none."""
@@ -124,11 +138,10 @@ class JSONWriter(EventWriter):
 
 
 class TensorboardXWriter(EventWriter):
-    """Writes scalars to TensorBoard files."""
+    """Writes scalars and images to TensorBoard files."""
 
     def __init__(self, log_dir: str, window_size: int = 20) -> None:
         self._log_dir, self._window_size = log_dir, window_size
-
         self._writer: Any = None  # until there is something to write
 
     def write(self) -> None:
@@ -137,6 +150,9 @@ class TensorboardXWriter(EventWriter):
         self._writer = self._writer or SummaryWriter(self._log_dir)
         for name, value, iteration in self._new_scalars(self._window_size):
             self._writer.add_scalar(name, value, iteration)
+        images = get_event_storage()._images
+        while images:
+            self._writer.add_image(*images.pop(0))
 
     def close(self) -> None:
         if self._writer is not None:
@@ -176,6 +192,5 @@ class CommonMetricPrinter(EventWriter):
         if torch.cuda.is_available():
             memory = f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
         losses, metrics = self._medians(storage, "loss"), self._medians(storage, "[metric]")
-        self.logger.info(
-            f" {eta}iter: {storage.iter}  {losses}  {metrics}  {times} lr: {rate}  {memory}"
-        )
+        values = f"{losses}  {metrics}  {times} lr: {rate}  {memory}"
+        self.logger.info(f" {eta}iter: {storage.iter}  {values}")

@@ -5,11 +5,10 @@ import functools
 import logging
 import os
 import sys
-import time
+from collections import Counter
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
-from tabulate import tabulate
 from termcolor import colored
 
 
@@ -52,19 +51,29 @@ def _open_log_file(path: str) -> Any:
     return file
 
 
-_last_logged: dict[Any, float] = {}
+_counts: Counter[Any] = Counter()
 
 
-def log_every_n_seconds(lvl: int, msg: str, n: float = 1) -> None:
-    """Logs at most once per ``n`` seconds from the same line."""
-    frame = sys._getframe(1)
-    line = (frame.f_code, frame.f_lineno)
-    if time.time() - _last_logged.get(line, float("-inf")) >= n:
-        logging.getLogger(frame.f_globals["__name__"]).log(lvl, msg)
-        _last_logged[line] = time.time()
+def _find_caller() -> tuple[str, Any]:
+    """Module and line of the caller of a function of this file."""
+    frame = sys._getframe(2)
+    return frame.f_globals["__name__"], (frame.f_code, frame.f_lineno)
 
 
-def create_small_table(small_dict: dict[str, Any]) -> str:
-    """A table of one row under the keys of the dictionary."""
-    rows = [list(small_dict.values())]
-    return tabulate(rows, headers=list(small_dict), tablefmt="pipe", floatfmt=".3f")
+def log_first_n(
+    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: Any = "caller"
+) -> None:
+    """Logs the first ``n`` times that the same "caller" or "message" (``key``, or both) comes."""
+    module, line = _find_caller()
+    identity = (line if "caller" in key else None, msg if "message" in key else None)
+    _counts[identity] += 1
+    if _counts[identity] <= n:
+        logging.getLogger(name or module).log(lvl, msg)
+
+
+def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
+    """Logs the first of every ``n`` calls from the same line."""
+    module, line = _find_caller()
+    if _counts[line] % n == 0:
+        logging.getLogger(name or module).log(lvl, msg)
+    _counts[line] += 1

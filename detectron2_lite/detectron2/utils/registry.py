@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from fvcore.common.registry import Registry
 from hydra.utils import _locate as locate
 
-__all__ = ["locate"]
+__all__ = ["Registry", "locate"]
 
 
 def _convert_target_to_string(target: Any) -> str:

@@ -1,6 +1,5 @@
 """Drawing boxes and labels on images with matplotlib."""
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from enum import Enum, unique
 from typing import Any
@@ -9,6 +8,7 @@ import matplotlib.colors as mplc
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.colormap import random_color
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -38,7 +38,6 @@ class VisImage:
         self.reset_image(img)
 
     def reset_image(self, img: np.ndarray) -> None:
-        """Put another image of the same size behind everything drawn later."""
         extent = (0, self.width, self.height, 0)
         self.ax.imshow(img.astype(np.uint8), extent=extent, interpolation="nearest")
 
@@ -52,11 +51,7 @@ class VisImage:
 
 
 class Visualizer:
-    """Draws annotations or predictions on an RGB image (H, W, 3) in 0 ... 255.
-
-    ``metadata`` of the dataset give ``thing_classes``; ``scale`` is the size of the drawing
-    relative to the image.
-    """
+    """Draws annotations or predictions on an RGB image (H, W, 3) in 0 ... 255."""
 
     def __init__(
         self,
@@ -105,22 +100,17 @@ class Visualizer:
         labels: Sequence[str] | None = None,
         assigned_colors: Sequence[Any] | None = None,
     ) -> VisImage:
-        """Draw T objects, large ones first; ``boxes`` are Boxes or (T, 4) as (x0, y0, x1, y1).
-
-        Default colours are random ones, from NumPy's global generator.
-        """
+        """Draw T boxes (T, 4) as (x0, y0, x1, y1), large ones first, in random colours."""
         extents = boxes.tensor.detach().numpy() if isinstance(boxes, Boxes) else np.asarray(boxes)
         extents = extents.reshape(-1, 4)
         labels = [""] * len(extents) if labels is None else labels
-        hues = np.random.rand(len(extents))
-        colors = assigned_colors or [colorsys.hsv_to_rgb(hue, 1, 1) for hue in hues]
+        colors = assigned_colors or [random_color(rgb=True, maximum=1) for _ in extents]
         assert len(labels) == len(colors) == len(extents), "labels or colours for other boxes"
         for index in np.argsort(-np.prod(extents[:, 2:] - extents[:, :2], axis=1)).tolist():
             x0, y0, _, _ = extents[index]
-            self.draw_box(extents[index], edge_color=colors[index])
-            self.draw_text(
-                labels[index], (x0, y0), color=colors[index], horizontal_alignment="left"
-            )
+            color, left = colors[index], "left"
+            self.draw_box(extents[index], edge_color=color)
+            self.draw_text(labels[index], (x0, y0), color=color, horizontal_alignment=left)
         return self.output
 
     def draw_text(

@@ -50,21 +50,21 @@ class DigitPictureSettings:
         overlap_share: share of the digits that may overlap digits painted before them, 0 to 1.
         max_clutter: largest number of clutter shapes.
         photo_share: share of the pictures whose background is a photograph, 0 to 1.
-        contrast: smallest and largest difference in brightness (0 to 255) between a digit and
-            what lies behind it.
+        contrast: smallest and largest difference in brightness (0 to 255) by which a digit is
+            brighter than what lies behind it.
     """
 
     image_side: tuple[int, int] = (96, 112)
     digit_side: tuple[int, int] = (16, 80)
     max_digits: int = 6
     empty_share: float = 0.04
-    max_rotation: float = 20.0
-    max_shear: float = 0.25
+    max_rotation: float = 15.0
+    max_shear: float = 0.2
     max_overlap: float = 0.12
-    overlap_share: float = 0.3
-    max_clutter: int = 5
-    photo_share: float = 0.5
-    contrast: tuple[int, int] = (80, 150)
+    overlap_share: float = 0.2
+    max_clutter: int = 4
+    photo_share: float = 0.4
+    contrast: tuple[int, int] = (80, 160)
 
     def __post_init__(self) -> None:
         for name in ("image_side", "digit_side", "contrast"):
@@ -238,7 +238,7 @@ def _draw_sizes(
     if settings.max_digits == 0 or generator.random() < settings.empty_share:
         return []
     count = int(generator.integers(1, settings.max_digits + 1))
-    low, high = 1.4 * settings.digit_side[0], 0.97 * settings.digit_side[1]
+    low, high = 1.6 * settings.digit_side[0], 0.97 * settings.digit_side[1]
     high = max(low, min(high, 1.05 * math.sqrt(area / count)))
     return sorted(generator.uniform(low, high, size=count).tolist(), reverse=True)
 
@@ -246,9 +246,9 @@ def _draw_sizes(
 def _noise_background(generator: np.random.Generator, height: int, width: int) -> Mask:
     """Return smooth colour noise: a coarse grid of similar random colours, interpolated."""
     rows, columns = generator.integers(2, 6, size=2)
-    grey = generator.uniform(40, 215)
+    grey = generator.uniform(20, 110)
     base = grey + generator.uniform(0.3, 0.8) * (
-        generator.uniform(20, 235, size=3) - grey
+        generator.uniform(0, 160, size=3) - grey
     )  # rarely garish
     grid = base + generator.uniform(8, 30) * generator.standard_normal((rows, columns, 3))
     smooth = cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -258,7 +258,7 @@ def _noise_background(generator: np.random.Generator, height: int, width: int) -
 def _photo_background(
     generator: np.random.Generator, photo: Image, height: int, width: int
 ) -> Mask:
-    """Return a random crop of a photograph, muted so that digits stay legible."""
+    """Return a random crop of a photograph, muted and darkened so that digits stay legible."""
     zoom = generator.uniform(1.0, min(photo.shape[0] / height, photo.shape[1] / width))
     crop_height, crop_width = int(height * zoom), int(width * zoom)
     top = generator.integers(photo.shape[0] - crop_height + 1)
@@ -267,13 +267,14 @@ def _photo_background(
     crop = cv2.resize(window, (width, height), interpolation=cv2.INTER_AREA)
     mean = crop.mean(axis=(0, 1))
     faded = mean + generator.uniform(0.35, 0.7) * (crop - mean)
-    return np.clip(faded + generator.uniform(-40, 40), 0, 255).astype(np.float32)
+    darkened = faded * (generator.uniform(40, 110) / max(float(mean.mean()), 1.0))
+    return np.clip(darkened, 0, 255).astype(np.float32)
 
 
 def _add_clutter(generator: np.random.Generator, canvas: Mask) -> Mask:
     """Return the canvas with one translucent line, ellipse or rectangle."""
     height, width = canvas.shape[:2]
-    colour = [float(value) for value in generator.uniform(0, 255, size=3)]
+    colour = [float(value) for value in generator.uniform(0, 200, size=3)]
     points = generator.uniform([0, 0], [width, height], size=(2, 2)).astype(int)
     first, second = [tuple(int(value) for value in point) for point in points]
     thickness = int(generator.integers(1, 4))
@@ -376,17 +377,11 @@ def _paint(
 def _contrasting_colour(
     generator: np.random.Generator, region: Mask, contrast: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Return a random RGB colour that is brighter or darker than a region by some contrast."""
+    """Return a random RGB colour that is brighter than a region by some contrast."""
     luma = region @ _LUMA
     brightness = float(luma.mean())
     wanted = generator.uniform(*contrast) + float(luma.std())
-    # Where one direction leaves no room for the wanted difference, the other one has more.
-    room = (brightness, 255 - brightness)
-    direction = int(generator.random() < 0.5)
-    if room[direction] < wanted:
-        direction = int(room[1] > room[0])
-    target = brightness + (wanted if direction else -wanted)
-    target = min(max(target, 0.0), 255.0)
+    target = min(brightness + wanted, 255.0)
     colour = generator.uniform(0, 255, size=3).astype(np.float32)
     for _ in range(4):  # clipping shifts the brightness, so the shift is repeated
         colour = np.clip(colour + np.float32(target - colour @ _LUMA), 0, 255)

@@ -5,11 +5,14 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
@@ -29,12 +32,8 @@ def load_coco_json(
     """One dictionary an image, by increasing id, with ``annotations`` as XYWH_ABS boxes.
 
     With a ``dataset_name``, category ids become 0 ... K-1 in the order of the file's ids, and its
-    metadata get ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
-    ``extra_annotation_keys``, such as "segmentation", are kept as they are. Unlike there, objects
-    stay whatever their polygons.
-
-    Raises AssertionError if annotation ids repeat or an annotation is marked "ignore", KeyError if
-    the file lacks its category, ValueError if its box is empty.
+    metadata are set. Masks are left out unless ``extra_annotation_keys`` name them; unlike in the
+    real one, objects with broken polygons stay.
     """
     coco = open_coco_file(json_file)
     id_map = {category_id: k for k, category_id in enumerate(sorted(coco.getCatIds()))}
@@ -74,35 +73,69 @@ def open_coco_file(json_file: str) -> COCO:
         return COCO(PathManager.get_local_path(json_file))
 
 
-def convert_to_coco_json(dataset_name: str, output_file: str) -> None:
-    """Write a registered dataset of boxes as a COCO annotation file, in one process at a time.
+def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
+    """A registered dataset, which needs ``thing_classes``, as the content of a COCO file.
 
-    Metadata ``thing_classes`` are needed; ``thing_dataset_id_to_contiguous_id`` is undone. Boxes
-    without 4 numbers raise ValueError.
+    Category ids are those before ``thing_dataset_id_to_contiguous_id``.
     """
     metadata = MetadataCatalog.get(dataset_name)
-    id_map = metadata.get("thing_dataset_id_to_contiguous_id")
-    ids = sorted(id_map, key=id_map.__getitem__) if id_map else range(len(metadata.thing_classes))
-    categories = [{"id": k, "name": n} for k, n in zip(ids, metadata.thing_classes, strict=True)]
+    categories = dict(enumerate(metadata.thing_classes))
+    id_map = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in categories}
+    ids = {contiguous: category_id for category_id, contiguous in id_map.items()}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, entry in enumerate(DatasetCatalog.get(dataset_name)):
-        image = {key: entry[key] for key in ("width", "height", "file_name")}
-        images.append({**image, "id": entry.get("image_id", index)})
-        for obj in entry["annotations"]:
-            if np.shape(obj["bbox"]) != (4,):
-                raise ValueError(f"a bbox has 4 numbers, got {obj['bbox']}")
-            box = [float(number) for number in obj["bbox"]]
-            box = BoxMode.convert(box, obj["bbox_mode"], BoxMode.XYWH_ABS)
-            written = {"id": len(annotations) + 1, "image_id": images[-1]["id"]}
-            written.update(bbox=box, area=box[2] * box[3], iscrowd=obj.get("iscrowd", 0))
-            annotations.append({**written, "category_id": ids[obj["category_id"]]})
-    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+        image_id = entry.get("image_id", index)
+        size = {"width": int(entry["width"]), "height": int(entry["height"])}
+        images.append({"id": image_id, **size, "file_name": str(entry["file_name"])})
+        for obj in entry.get("annotations", []):
+            head = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append({**head, **_write_annotation(obj, ids)})
+    named = [{"id": ids[index], "name": name} for index, name in categories.items()]
+    info = {"date_created": str(datetime.now()), "description": "written by detectron2_lite"}
+    result = {"info": info, "images": images, "categories": named, "licenses": None}
+    return {**result, "annotations": annotations} if annotations else result
+
+
+def _write_annotation(obj: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
+    box = np.asarray(obj["bbox"])
+    if box.shape != (4,):
+        raise ValueError(f"a bbox has 4 numbers, got {obj['bbox']}")
+    box = BoxMode.convert(box.tolist(), obj["bbox_mode"], BoxMode.XYWH_ABS)
+    written = {
+        "bbox": [round(float(value), 3) for value in box],
+        "area": float(box[2] * box[3]),
+        "iscrowd": int(obj.get("iscrowd", 0)),
+        "category_id": int(ids[obj["category_id"]]),
+    }
+    mask = obj.get("segmentation")
+    if isinstance(mask, list):
+        written.update(segmentation=mask, area=sum(_polygon_area(polygon) for polygon in mask))
+    elif isinstance(mask, dict):
+        area, counts = float(mask_util.area(mask)), mask["counts"]
+        counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+        written.update(segmentation={**mask, "counts": counts}, area=area)
+    elif mask is not None:
+        raise TypeError(f"a segmentation is a list or a dict, got {type(mask)}")
+    return written
+
+
+def _polygon_area(polygon: Sequence[float]) -> float:
+    """Area of a polygon x0, y0, x1, y1, ... without self-intersections (shoelace formula)."""
+    x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
+    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
+
+
+def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool = True) -> None:
+    """Write a dataset as a COCO annotation file; an old file is kept if ``allow_cached``."""
     PathManager.mkdirs(os.path.dirname(output_file))
-    with file_lock(output_file):
+    with file_lock(output_file):  # one process at a time
+        if PathManager.exists(output_file) and allow_cached:
+            logger.warning("Using %s as it is; delete it if the dataset has changed", output_file)
+            return
         with PathManager.open(output_file + ".tmp", "w") as file:
-            json.dump(content, file)
-        os.replace(output_file + ".tmp", output_file)
+            json.dump(convert_to_coco_dict(dataset_name), file)
+        shutil.move(output_file + ".tmp", output_file)
 
 
 def register_coco_instances(

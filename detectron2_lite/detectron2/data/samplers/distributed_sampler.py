@@ -1,4 +1,4 @@
-"""Samplers whose indices are split over the processes of a distributed run."""
+"""The order in which samples are visited, split over the processes of a distributed run."""
 
 import math
 from collections import Counter

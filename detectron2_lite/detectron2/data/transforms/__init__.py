@@ -1,38 +1,7 @@
-"""Deterministic transforms of images and boxes, and random augmentations that choose them."""
+"""Transforms of images and boxes, and the augmentations that choose them."""
 
-from detectron2._absent import absent_name_getter
-from fvcore.transforms.transform import (
-    BlendTransform,
-    CropTransform,
-    HFlipTransform,
-    NoOpTransform,
-    PadTransform,
-    ScaleTransform,
-    Transform,
-    TransformList,
-    VFlipTransform,
-)
+from fvcore.transforms.transform import *  # noqa: F403
 
-from .augmentation import (
-    AugInput,
-    Augmentation,
-    AugmentationList,
-    apply_augmentations,
-    apply_transform_gens,
-)
-from .augmentation_impl import (
-    FixedSizeCrop,
-    RandomApply,
-    RandomBrightness,
-    RandomContrast,
-    RandomCrop,
-    RandomFlip,
-    RandomLighting,
-    RandomSaturation,
-    Resize,
-    ResizeScale,
-    ResizeShortestEdge,
-)
-from .transform import ResizeTransform
-
-__getattr__ = absent_name_getter(__name__)
+from .augmentation import *  # noqa: F403
+from .augmentation_impl import *  # noqa: F403
+from .transform import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Augmentations choose transforms, often at random, and apply them to an ``AugInput``."""
+"""What augmentations are: random choices of transforms of an image and its boxes."""
 
 import inspect
 import pprint
@@ -85,8 +85,7 @@ class AugInput:
 
     def __init__(self, image: np.ndarray, *, boxes: np.ndarray | None = None) -> None:
         assert image.ndim in (2, 3), f"an image is (H, W) or (H, W, C), got {image.shape}"
-        self.image = image
-        self.boxes = boxes
+        self.image, self.boxes = image, boxes
 
     def transform(self, tfm: Transform) -> None:
         """Replace both by their transformed values."""

@@ -1,6 +1,6 @@
-"""The augmentations that detectors are trained with.
+"""Random augmentations of images and boxes.
 
-All draw from NumPy's global generator, in a fixed order: equal seeds give equal augmentations.
+They draw from NumPy's global generator, in a fixed order: equal seeds, equal results.
 """
 
 import sys
@@ -8,16 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fvcore.transforms.transform import (
-    BlendTransform,
-    CropTransform,
-    HFlipTransform,
-    NoOpTransform,
-    PadTransform,
-    Transform,
-    TransformList,
-    VFlipTransform,
-)
+from fvcore.transforms import transform as fv
+from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
 
 from .augmentation import Augmentation, _transform_to_aug
 from .transform import BILINEAR, ResizeTransform
@@ -27,8 +19,8 @@ class RandomApply(Augmentation):
     """Another augmentation or transform, with probability ``prob``: one uniform number decides."""
 
     def __init__(self, tfm_or_aug: Transform | Augmentation, prob: float = 0.5) -> None:
-        self.aug = _transform_to_aug(tfm_or_aug)
-        self.prob = prob
+        assert 0.0 <= prob <= 1.0, f"prob is a probability, not {prob}"
+        self.aug, self.prob = _transform_to_aug(tfm_or_aug), prob
 
     def __call__(self, aug_input: Any) -> Transform:
         return self.aug(aug_input) if np.random.uniform() < self.prob else NoOpTransform()
@@ -48,7 +40,7 @@ class RandomFlip(Augmentation):
         height, width = image.shape[:2]
         if np.random.uniform() >= self.prob:
             return NoOpTransform()
-        return HFlipTransform(width) if self.horizontal else VFlipTransform(height)
+        return fv.HFlipTransform(width) if self.horizontal else fv.VFlipTransform(height)
 
 
 class Resize(Augmentation):
@@ -147,7 +139,7 @@ class RandomCrop(Augmentation):
         crop_height, crop_width = self.get_crop_size((height, width))
         top = np.random.randint(height - crop_height + 1)
         left = np.random.randint(width - crop_width + 1)
-        return CropTransform(left, top, crop_width, crop_height)
+        return fv.CropTransform(left, top, crop_width, crop_height)
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         height, width = image_size
@@ -170,9 +162,7 @@ class FixedSizeCrop(Augmentation):
     One uniform number is drawn, the window's position in both directions.
     """
 
-    def __init__(
-        self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0
-    ) -> None:
+    def __init__(self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128) -> None:
         self.crop_size, self.pad, self.pad_value = crop_size, pad, pad_value
 
     def get_transform(self, image: np.ndarray) -> TransformList:
@@ -180,12 +170,12 @@ class FixedSizeCrop(Augmentation):
         slack = np.maximum(np.subtract(size, self.crop_size), 0)
         top, left = np.round(slack * np.random.uniform(0.0, 1.0)).astype(int)
         height, width = self.crop_size
-        transforms = [CropTransform(left, top, width, height, size[1], size[0])]
+        transforms = [fv.CropTransform(left, top, width, height, size[1], size[0])]
         if self.pad:
             bottom, right = np.maximum(np.subtract(self.crop_size, size), 0)
             kept = np.minimum(size, self.crop_size)
             sides = (0, 0, right, bottom, kept[1], kept[0])
-            transforms.append(PadTransform(*sides, self.pad_value, 255))
+            transforms.append(fv.PadTransform(*sides, self.pad_value, 255))
         return TransformList(transforms)
 
 
@@ -198,7 +188,7 @@ class RandomContrast(Augmentation):
     def get_transform(self, image: np.ndarray) -> Transform:
         other = self._other(image)
         weight = np.random.uniform(self.intensity_min, self.intensity_max)
-        return BlendTransform(other, src_weight=1 - weight, dst_weight=weight)
+        return fv.BlendTransform(other, src_weight=1 - weight, dst_weight=weight)
 
     def _other(self, image: np.ndarray) -> Any:
         return image.mean()
@@ -226,12 +216,11 @@ class RandomLighting(Augmentation):
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
-        self.eigen_vecs = np.array(
-            [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-        )
+        vectors = "-0.5675 0.7192 0.4009 -0.5808 -0.0045 -0.8140 -0.5836 -0.6948 0.4203"
+        self.eigen_vecs = np.array(vectors.split(), dtype=float).reshape(3, 3)
         self.eigen_vals = np.array([0.2175, 0.0188, 0.0045])
 
     def get_transform(self, image: np.ndarray) -> Transform:
         weights = np.random.normal(scale=self.scale, size=3)
         shift = self.eigen_vecs.dot(weights * self.eigen_vals)
-        return BlendTransform(shift, src_weight=1.0, dst_weight=1.0)
+        return fv.BlendTransform(shift, src_weight=1.0, dst_weight=1.0)

@@ -1,4 +1,4 @@
-"""The one transform that fvcore lacks."""
+"""Deterministic transforms of images and boxes besides those of fvcore."""
 
 import numpy as np
 import torch

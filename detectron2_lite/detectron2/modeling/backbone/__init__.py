@@ -1,10 +1,5 @@
 """Backbones: ResNet, and the interface of all others."""
 
-from detectron2._absent import absent_name_getter
-from fvcore.common.registry import Registry
-
 from .backbone import Backbone
-from .resnet import BasicStem, BottleneckBlock, ResNet
-
-BACKBONE_REGISTRY = Registry("BACKBONE")
-__getattr__ = absent_name_getter(__name__)
+from .build import BACKBONE_REGISTRY
+from .resnet import BasicStem, BottleneckBlock, ResNet, ResNetBlockBase, make_stage

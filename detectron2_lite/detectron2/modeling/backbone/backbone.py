@@ -10,8 +10,7 @@ from torch import Tensor, nn
 class Backbone(nn.Module, metaclass=ABCMeta):
     """A network from images to feature maps by name.
 
-    A subclass either overrides :meth:`output_shape` or sets ``_out_features`` (names),
-    ``_out_feature_channels`` and ``_out_feature_strides`` (numbers by name).
+    A subclass either overrides :meth:`output_shape` or sets the three attributes below.
     """
 
     _out_features: list[str]

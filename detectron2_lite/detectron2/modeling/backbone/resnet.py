@@ -1,4 +1,4 @@
-"""ResNet ("Deep Residual Learning for Image Recognition", arXiv:1512.03385)."""
+"""ResNet (arXiv:1512.03385)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from math import prod
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
-from detectron2.layers import CNNBlockBase, Conv2d, get_norm
-from detectron2.layers.batch_norm import Norm
+from detectron2.layers import CNNBlockBase, Conv2d, Norm, get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone
 
-_BLOCKS_PER_STAGE = {
+# Depth: number of blocks in each stage (table 1 of the paper).
+_BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -142,7 +142,6 @@ class ResNet(Backbone):
         self.freeze(freeze_at)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) to the wanted features by name."""
         x = self.stem(x)
         features = {"stem": x}
         for name in self.stage_names:
@@ -165,17 +164,12 @@ class ResNet(Backbone):
         out_channels: int,
         **kwargs: Any,
     ) -> list[CNNBlockBase]:
-        """The blocks of one stage, of which only the first changes the number of channels.
-
-        ``kwargs`` are arguments of every block; a name that ends in ``_per_block`` holds a list
-        with one value for each, e.g. ``stride_per_block=[2, 1, 1]``.
-        """
+        """One stage; an argument such as ``stride_per_block`` has one value for each block."""
         suffix = "_per_block"
         listed = {k.removesuffix(suffix): v for k, v in kwargs.items() if k.endswith(suffix)}
         shared = {name: v for name, v in kwargs.items() if not name.endswith(suffix)}
         for name, values in listed.items():
             assert len(values) == num_blocks, f"{name}{suffix} needs {num_blocks} values"
-            assert name not in shared, f"both {name} and {name}{suffix} are given"
         blocks = []
         for index in range(num_blocks):
             own = {name: values[index] for name, values in listed.items()}
@@ -190,16 +184,18 @@ class ResNet(Backbone):
         bottleneck = depth >= 50
         block_class = BottleneckBlock if bottleneck else BasicBlock
         stages: list[list[CNNBlockBase]] = []
-        in_channels = 64
-        for index, count in enumerate(_BLOCKS_PER_STAGE[depth]):
+        inputs = 64
+        for index, count in enumerate(_BLOCKS[depth]):
             width = 64 * 2**index
             if bottleneck:
                 kwargs["bottleneck_channels"] = width
-            channels = {"in_channels": in_channels, "out_channels": width * (1 + 3 * bottleneck)}
-            strides = [1 if index == 0 else 2] + [1] * (count - 1)
-            stage = ResNet.make_stage(
-                block_class, count, stride_per_block=strides, **channels, **kwargs
-            )
-            stages.append(stage)
-            in_channels = channels["out_channels"]
+            outputs = width * 4 if bottleneck else width
+            kwargs["stride_per_block"] = [1 if index == 0 else 2] + [1] * (count - 1)
+            widths = {"in_channels": inputs, "out_channels": outputs}
+            stages.append(ResNet.make_stage(block_class, count, **widths, **kwargs))
+            inputs = outputs
         return stages
+
+
+ResNetBlockBase = CNNBlockBase  # older names
+make_stage = ResNet.make_stage
