@@ -3,7 +3,7 @@
     make quickstart
     python train_net.py --config-file configs/quickstart.py
 
-The same parts as configs/focus_detr.py with smaller numbers: three levels of width 96, two encoder
+The same parts as configs/focus_detr.py with smaller numbers: three levels of width 64, two encoder
 and two decoder layers, a narrow ResNet. About five minutes on two cores.
 """
 
@@ -49,11 +49,11 @@ model = focus_detr(
     backbone=narrow_resnet(16, [24, 48, 96, 160]),
     in_channels=[48, 96, 160],
     num_classes=10,
-    channels=96,
+    channels=64,
     num_heads=4,
     num_levels=3,
     num_points=2,
-    hidden_channels=192,
+    hidden_channels=128,
     layer_keep_ratios=[1.0, 0.6],
     num_object_tokens=30,
     strides=[8, 16, 32],
@@ -81,7 +81,7 @@ optimizer.fused = True
 # The backbone starts from random weights too: it learns as fast as the rest.
 optimizer.params.lr_factor_func = None
 train.output_dir = "output/quickstart"
-train.max_iter = 1500
+train.max_iter = 1700
 train.eval_period = 0
 train.flops_images = 2
 train.device = "cpu"

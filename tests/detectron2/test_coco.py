@@ -168,6 +168,7 @@ def test_conversion_refuses_broken_boxes(name):
 def test_run_length_encoded_masks_become_text(name):
     # Runs of 0 and 1 alternate: 1 pixel outside, 2 inside, 9 outside.
     mask = pycocotools.mask.frPyObjects({"size": [3, 4], "counts": [1, 2, 9]}, 3, 4)
+    text = mask["counts"].decode()
     obj = {"bbox": [0, 1, 1, 2], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     entry = {"file_name": "a.png", "height": 3, "width": 4}
     annotations = [{**obj, "segmentation": mask}]
@@ -175,7 +176,7 @@ def test_run_length_encoded_masks_become_text(name):
     MetadataCatalog.get(name).thing_classes = ["x"]
     (written,) = convert_to_coco_dict(name)["annotations"]
     assert written["area"] == 2
-    assert written["segmentation"] == {"size": [3, 4], "counts": mask["counts"].decode()}
+    assert written["segmentation"] == {"size": [3, 4], "counts": text}
 
 
 def test_coco_has_colours():
