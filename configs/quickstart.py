@@ -76,23 +76,23 @@ dataloader.test.dataset.names = "quickstart_digits_val"
 dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 0
 
-optimizer.lr = 4e-3
+optimizer.lr = 3e-3
 optimizer.fused = True
 # The backbone starts from random weights too: it learns as fast as the rest.
 optimizer.params.lr_factor_func = None
 train.output_dir = "output/quickstart"
-train.max_iter = 1700
+train.max_iter = 1800
 train.eval_period = 0
 train.flops_images = 2
 train.device = "cpu"
-# Warm-up, then the full learning rate for 70 % of the training, then a cosine down to a hundredth.
+# Warm-up, then the full learning rate for half of the training, then a cosine down to a hundredth.
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CompositeParamScheduler)(
         schedulers=[
             L(ConstantParamScheduler)(value=1.0),
             L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
         ],
-        lengths=[0.7, 0.3],
+        lengths=[0.5, 0.5],
         interval_scaling=["rescaled", "rescaled"],
     ),
     warmup_factor=0.01,

@@ -61,8 +61,8 @@ class DigitPictureSettings:
     max_rotation: float = 15.0
     max_shear: float = 0.2
     max_overlap: float = 0.12
-    overlap_share: float = 0.2
-    max_clutter: int = 4
+    overlap_share: float = 0.15
+    max_clutter: int = 3
     photo_share: float = 0.4
     contrast: tuple[int, int] = (80, 160)
 
@@ -238,7 +238,7 @@ def _draw_sizes(
     if settings.max_digits == 0 or generator.random() < settings.empty_share:
         return []
     count = int(generator.integers(1, settings.max_digits + 1))
-    low, high = 1.6 * settings.digit_side[0], 0.97 * settings.digit_side[1]
+    low, high = 1.9 * settings.digit_side[0], 0.97 * settings.digit_side[1]
     high = max(low, min(high, 1.05 * math.sqrt(area / count)))
     return sorted(generator.uniform(low, high, size=count).tolist(), reverse=True)
 
