@@ -10,10 +10,18 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from efficient_detr.engine.checks import check_device, check_init_checkpoint, load_config
+from efficient_detr.engine.checks import (
+    check_device,
+    check_init_checkpoint,
+    check_num_classes,
+    dataset_names,
+    load_config,
+)
 from efficient_detr.engine.predictor import Predictor, output_paths, picture_files, save_picture
 from efficient_detr.engine.train import set_up_logging
 from efficient_detr.errors import UserError
@@ -69,23 +77,40 @@ def _detect(args: argparse.Namespace) -> int:
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg, 1)
     check_init_checkpoint(cfg)
+    _check_classes(cfg)
     files = picture_files(args.input)
     predictor = Predictor(cfg)
     done = 0
     pairs = zip(files, output_paths(files, args.output), strict=True)
     for source, target in tqdm(pairs, total=len(files), unit="picture", disable=None):
         try:
-            image = predictor.read(source)
+            count = _detect_in(source, target, predictor, args.confidence_threshold)
         except UserError as error:
             logger.error("%s", error)
             continue
-        instances = predictor(image)
-        kept = instances[instances.scores >= args.confidence_threshold]
-        save_picture(predictor.draw(image, kept), target)
-        logger.info("%s: %d detections -> %s", source, len(kept), target)
+        logger.info("%s: %d detections -> %s", source, count, target)
         done += 1
     logger.info("%d of %d pictures done", done, len(files))
     return done
+
+
+def _detect_in(source: str, target: str, predictor: Predictor, threshold: float) -> int:
+    """Handle one picture; return the number of boxes. Errors name the picture."""
+    image = predictor.read(source)
+    try:
+        instances = predictor(image)
+    except UserError as error:
+        raise UserError(f"{source} is left out: {error}") from error
+    kept = instances[instances.scores >= threshold]
+    save_picture(predictor.draw(image, kept), target)
+    return len(kept)
+
+
+def _check_classes(cfg: DictConfig) -> None:
+    """Compare the model with its test set where that tells its classes without any file."""
+    for name in dataset_names(cfg, "test"):
+        if MetadataCatalog.get(name).get("thing_classes") is not None:
+            check_num_classes(cfg, name)
 
 
 if __name__ == "__main__":

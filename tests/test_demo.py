@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,65 @@ def test_an_unreadable_picture_is_a_sentence_and_the_others_go_on(
         "absent.jpg cannot be read as a picture and is left out.",
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["2.png"]
+
+
+def test_a_picture_that_the_model_refuses_is_named_and_the_others_go_on(
+    config_file: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = TinyDetector.forward
+
+    def picky(self: TinyDetector, inputs: list[dict[str, Any]]) -> Any:
+        if inputs[0]["width"] == 32:
+            raise UserError("Too small.")
+        return forward(self, inputs)
+
+    monkeypatch.setattr(TinyDetector, "forward", picky)
+    pictures = [str(tmp_path / "val" / f"{i}.png") for i in (2, 1)]
+    with caplog.at_level(logging.ERROR, logger="efficient_detr"):
+        assert run(config_file, tmp_path, "--input", *pictures) == 0
+        assert run(config_file, tmp_path, "--input", pictures[0]) == 1
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert errors == [f"{pictures[0]} is left out: Too small."] * 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
+
+
+def test_a_picture_that_cannot_be_resized(config_file: str) -> None:
+    path = "dataloader.test.mapper.augmentations.0.max_size"
+    predictor = Predictor(load_config(config_file, [f"{path}=32"]))
+    with pytest.raises(UserError, match="A picture of 1000 x 1 pixels cannot be resized"):
+        predictor(np.zeros((1, 1000, 3), dtype=np.uint8))
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing(
+    config_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out" / "1.png").mkdir(parents=True)
+    pictures = [str(tmp_path / "val" / f"{i}.png") for i in (1, 2)]
+    with caplog.at_level(logging.ERROR, logger="efficient_detr"):
+        assert run(config_file, tmp_path, "--input", *pictures) == 0
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert errors == [f"{tmp_path}/out/1.png cannot be written: Is a directory."]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.png"]
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken/out cannot be made"):
+        output_paths(["a.jpg"], f"{tmp_path}/taken/out")
+
+
+def test_known_classes_must_be_as_many_as_the_models(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(config_file)
+    text = path.read_text().replace(f'names="tiny_{tmp_path.name}_val"', 'names="coco_2017_val"')
+    text = text.replace(f'json_file="{tmp_path}/val.json"', "json_file=None")
+    path.write_text(text.replace(f'image_root="{tmp_path}/val"', "image_root=None"))
+    assert run(config_file, tmp_path, "--input", str(tmp_path / "val")) == 2
+    assert capsys.readouterr().err.endswith("add model.num_classes=80.\n")
 
 
 def test_if_all_pictures_fail_the_status_says_so(config_file: str, tmp_path: Path) -> None:

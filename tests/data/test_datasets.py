@@ -8,6 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from efficient_detr.data.datasets import (
+    check_annotations,
     check_dataset_files,
     class_names,
     detection_dataset,
@@ -110,6 +111,70 @@ def test_a_category_id_that_the_file_does_not_define(
         detection_dataset(name, **files)
     assert files["json_file"] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("iscrowd", ..., 'lacks iscrowd: add "iscrowd": 0.'),
+        ("iscrowd", None, "has the iscrowd null"),
+        ("area", ..., 'lacks area: add "area": width * height.'),
+        ("area", "big", 'has the area "big"'),
+        ("bbox", ..., "lacks bbox: give four finite numbers"),
+        ("bbox", None, "has the bbox null"),
+        ("bbox", [1, 2, 3], "has the bbox [1, 2, 3]"),
+        ("bbox", [1, 2, 3, float("nan")], "has the bbox [1, 2, 3, NaN]"),
+        ("bbox", [1, 2, 3, "4"], "has the bbox"),
+        ("category_id", ..., "lacks category_id"),
+        ("image_id", ..., "lacks image_id"),
+        ("id", ..., "Annotation number 4 (image 2)"),
+    ],
+)
+def test_an_incomplete_annotation(
+    files: dict[str, Any], name: str, key: str, value: Any, hint: str
+) -> None:
+    annotations = json.loads(Path(files["json_file"]).read_text())["annotations"]
+    if value is ...:
+        del annotations[3][key]
+    else:
+        annotations[3][key] = value
+    change(files, "annotations", annotations)
+    with pytest.raises(UserError) as caught:
+        detection_dataset(name, **files)
+    text = str(caught.value)
+    assert hint in text
+    assert files["json_file"] in text
+    assert key == "id" or text.startswith("Annotation 4 (image ")
+
+
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_ids_that_are_not_unique(files: dict[str, Any], name: str, part: str) -> None:
+    entries = json.loads(Path(files["json_file"]).read_text())[part]
+    change(files, part, [*entries, entries[1]])
+    with pytest.raises(UserError, match=f"has several '{part}' with the id 2: give each an id"):
+        detection_dataset(name, **files)
+
+
+def test_a_file_is_checked_once_until_it_changes(
+    files: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_coco(name, **files)
+    check_annotations(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "load", None)
+        check_annotations(name)
+    change(files, "images", [])
+    change(files, "annotations", [{}])
+    with pytest.raises(UserError, match="lacks id"):
+        check_annotations(name)
+
+
+def test_other_formats_and_missing_files_are_left_alone(files: dict[str, Any], name: str) -> None:
+    register_coco(name, json_file="absent.json", image_root=".")
+    check_annotations(name)
+    MetadataCatalog.get(f"{name}_other").set(json_file=files["json_file"], evaluator_type="lvis")
+    change(files, "annotations", [{}])
+    check_annotations(f"{name}_other")
 
 
 def test_records_of_own_making_are_checked_too(name: str) -> None:

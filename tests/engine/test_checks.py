@@ -79,6 +79,88 @@ def test_a_malformed_override(config_file: str) -> None:
     assert "'train.max_iter'" in sentence(config_file, "train.max_iter")
 
 
+def test_a_malformed_override_may_be_an_option_or_lack_quotes(config_file: str) -> None:
+    assert "options such as --eval-only go before" in sentence(config_file, "--eval-only")
+    text = sentence(config_file, "train.output_dir=/a/(ü")
+    assert "need inner quotes, e.g. \"train.output_dir='/a/b c'\"" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.max_iter=0", "train.max_iter=0 is not allowed: give an integer of 1 or more."),
+        ("train.max_iter=1e3", "train.max_iter=1000.0 is not allowed"),
+        ("train.max_iter=true", "train.max_iter=True is not allowed"),
+        ("train.max_iter=many", "train.max_iter='many' is not allowed"),
+        ("train.seed=null", "train.seed=null is not allowed: give an integer."),
+        ("train.clip_max_norm=-1", "give a number of 0 or more"),
+        ("train.clip_max_norm=nan", "train.clip_max_norm=nan is not allowed"),
+        ("train.log_period=0", "train.log_period=0"),
+        ("train.checkpointer.period=0", "train.checkpointer.period=0"),
+        ("train.checkpointer=null", "lacks train.checkpointer.period"),
+        ("train.eval_period=-1", "train.eval_period=-1"),
+        ("train.flops_images=-1", "train.flops_images=-1"),
+        ("optimizer.lr=-0.1", "optimizer.lr=-0.1"),
+        ("optimizer.lr=fast", "optimizer.lr='fast'"),
+        ("dataloader.train.num_workers=-1", "dataloader.train.num_workers=-1"),
+        ("dataloader.test.num_workers=0.5", "dataloader.test.num_workers=0.5"),
+        ("train.output_dir=''", "give a text that is not empty"),
+        ("train.output_dir=3", "train.output_dir=3 is not allowed"),
+        ("train.seed=${train.absent}", "train.seed cannot be read"),
+        ("train.device=gpu", "train.device=gpu is not allowed: give cpu, cuda or"),
+        ("train.device=meta", "train.device=meta is not allowed"),
+        ("train.device=null", "train.device=None is not allowed"),
+        ("model=null", "lacks model:"),
+        ("optimizer=null", "lacks optimizer:"),
+        ("train=null", "lacks train:"),
+        ("train=3", "train=3 is not allowed"),
+    ],
+)
+def test_a_value_that_is_not_allowed(config_file: str, override: str, hint: str) -> None:
+    assert hint in sentence(config_file, override)
+
+
+def test_values_at_the_border(config_file: str) -> None:
+    overrides = ["train.seed=-1", "train.clip_max_norm=null", "optimizer.lr=0", "train.max_iter=1"]
+    check_config(load_config(config_file, overrides))
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_an_output_folder_that_cannot_be_made(config_file: str, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("")
+    folder = f"{tmp_path}/taken{below}"
+    text = sentence(config_file, f"train.output_dir={folder}")
+    assert text.startswith(f"The folder train.output_dir={folder} cannot be made (")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.py", "model = 1 / 0"),
+        ("config.py", "raise RuntimeError('two\\nlines')"),
+        ("config.yaml", ""),
+        ("config.yaml", "- 1"),
+        ("config.yaml", "a: [1"),
+    ],
+)
+def test_a_config_that_fails(tmp_path: Path, file: str, content: str) -> None:
+    (tmp_path / file).write_text(content)
+    assert f"{file} cannot be loaded: " in sentence(str(tmp_path / file))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_incomplete_annotation_is_found_at_the_start(
+    config_file: str, tmp_path: Path, split: str
+) -> None:
+    path = tmp_path / f"{split}.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][3]["iscrowd"]
+    path.write_text(json.dumps(content))
+    assert sentence(config_file) == (
+        f'Annotation 4 (image 2) in {path} lacks iscrowd: add "iscrowd": 0.'
+    )
+
+
 def test_deletion_is_refused(config_file: str) -> None:
     assert "keys cannot be deleted" in sentence(config_file, "~train.max_iter")
 
@@ -157,6 +239,7 @@ def test_more_gpus_than_there_are(config_file: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     text = sentence(config_file, "train.device=cuda", num_gpus=3)
     assert text == "--num-gpus 3, but this machine has 2: use fewer."
+    assert "are cuda:0 to cuda:1" in sentence(config_file, "train.device='cuda:2'")
 
 
 def test_an_unknown_precision(config_file: str) -> None:

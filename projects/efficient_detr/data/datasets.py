@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,10 +15,23 @@ from detectron2.data import (
     print_instances_class_histogram,
 )
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
 
 from efficient_detr.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# What each annotation needs, and how to mend it. COCO's evaluation reads all of them.
+_HOW_TO_MEND = {
+    "id": "give each annotation a number of its own",
+    "image_id": "give the 'id' of one of the file's 'images'",
+    "category_id": "give the 'id' of one of the file's 'categories'",
+    "bbox": "give four finite numbers, [x, y, width, height]",
+    "area": 'add "area": width * height',
+    "iscrowd": 'add "iscrowd": 0',
+}
+# Annotation files that were found sound, with time and size; reading one of COCO takes seconds.
+_sound_files: set[tuple[str, int, int]] = set()
 
 
 def register_coco(name: str, *, json_file: str, image_root: str) -> None:
@@ -68,13 +82,16 @@ def detection_dataset(
         Records in Detectron2's dataset format; ``thing_classes`` is then set in the metadata.
 
     Raises:
-        UserError: for an unknown name, missing files, unreadable JSON or category ids that the
-            file itself does not define.
+        UserError: for an unknown name, missing files, unreadable JSON, incomplete annotations or
+            category ids that the file itself does not define.
     """
     names = [names] if isinstance(names, str) else list(names)
     register_files(names, json_file, image_root)
     for name in names:
         check_dataset_files(name)
+        # Of several processes, the one that started them has checked.
+        if comm.get_world_size() == 1:
+            check_annotations(name)
     try:
         records = get_detection_dataset_dicts(names, filter_empty, check_consistency=False)
     except (AssertionError, KeyError, TypeError, ValueError, OSError) as error:
@@ -119,6 +136,82 @@ def check_dataset_files(name: str) -> None:
         raise UserError(_missing_path(name, "annotation file", json_file))
     if image_root is not None and "://" not in image_root and not os.path.isdir(image_root):
         raise UserError(_missing_path(name, "image folder", image_root))
+
+
+def check_annotations(name: str) -> None:
+    """Check the JSON file of a data set in COCO format; a file that was found sound is not reread.
+
+    Detectron2 trains with some incomplete annotations and fails in the evaluation at the end. Data
+    sets of other formats, and files that are not on the disk, are left to whoever loads them.
+
+    Args:
+        name: a registered data set.
+
+    Raises:
+        UserError: naming the file, the image or annotation, what is wrong and how to mend it.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    if metadata.get("evaluator_type") != "coco" or path is None or not os.path.isfile(path):
+        return
+    status = os.stat(path)
+    state = (os.path.realpath(path), status.st_mtime_ns, status.st_size)
+    if state in _sound_files:
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        images = [image["id"] for image in content["images"]]
+        categories = [category["id"] for category in content["categories"]]
+        _check_unique(path, "images", images)
+        _check_unique(path, "categories", categories)
+        annotations = content.get("annotations", [])
+        known = set(categories)
+        for number, annotation in enumerate(annotations):
+            wrong = _wrong_key(annotation, known)
+            if wrong is not None:
+                raise UserError(_broken_annotation(path, number, annotation, wrong))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} of the data set '{name}' cannot be loaded, because it is not in COCO format "
+            f"({error!r}): it needs 'images', 'annotations' and 'categories'."
+        ) from error
+    _sound_files.add(state)
+
+
+def _check_unique(path: str, part: str, ids: list[Any]) -> None:
+    seen = set()
+    for one in ids:
+        if one in seen:
+            raise UserError(
+                f"{path} has several '{part}' with the id {one}: give each an id of its own."
+            )
+        seen.add(one)
+
+
+def _wrong_key(annotation: dict[str, Any], categories: set[Any]) -> str | None:
+    """The first key that is missing or has an impossible value."""
+    for key in ("id", "image_id"):
+        if annotation.get(key) is None:
+            return key
+    if annotation.get("category_id") not in categories:
+        return "category_id"
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        return "bbox"
+    if not _is_finite(annotation.get("area")):
+        return "area"
+    return None if annotation.get("iscrowd") in (0, 1) else "iscrowd"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _broken_annotation(path: str, number: int, annotation: dict[str, Any], key: str) -> str:
+    which = f"Annotation {annotation['id']}" if key != "id" else f"Annotation number {number + 1}"
+    fault = f"has the {key} {json.dumps(annotation[key])}" if key in annotation else f"lacks {key}"
+    return f"{which} (image {annotation.get('image_id')}) in {path} {fault}: {_HOW_TO_MEND[key]}."
 
 
 def class_names(name: str) -> list[str] | None:

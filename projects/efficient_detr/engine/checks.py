@@ -8,7 +8,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import LazyConfig
@@ -18,7 +18,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from efficient_detr.data.datasets import check_dataset_files, class_names, register_files
+from efficient_detr.data.datasets import (
+    check_annotations,
+    check_dataset_files,
+    class_names,
+    register_files,
+)
 from efficient_detr.engine.trainer import AMP_DTYPES
 from efficient_detr.errors import UserError
 
@@ -35,6 +40,45 @@ _TRAIN_OPTIONS = (
     "checkpointer.period",
     "eval_period",
     "log_period",
+)
+
+
+class _Rule(NamedTuple):
+    """What a value of the config may be; a key that the config lacks is not looked at."""
+
+    key: str
+    kind: type[int] | type[float] | type[str]
+    least: int | None = None
+    or_null: bool = False
+
+    def allows(self, value: Any) -> bool:
+        if value is None:
+            return self.or_null
+        if self.kind is str:
+            return isinstance(value, str) and bool(value.strip())
+        numbers = (int, float) if self.kind is float else (int,)
+        if isinstance(value, bool) or not isinstance(value, numbers):
+            return False
+        return self.least is None or value >= self.least
+
+    def allowed(self) -> str:
+        name = {int: "an integer", float: "a number", str: "a text that is not empty"}[self.kind]
+        return name if self.least is None else f"{name} of {self.least} or more"
+
+
+_RULES = (
+    _Rule("train.output_dir", str),
+    _Rule("train.max_iter", int, 1),
+    _Rule("train.seed", int),
+    # Null is no clipping, too.
+    _Rule("train.clip_max_norm", float, 0, or_null=True),
+    _Rule("train.log_period", int, 1),
+    _Rule("train.checkpointer.period", int, 1),
+    _Rule("train.eval_period", int, 0),
+    _Rule("train.flops_images", int, 0),
+    _Rule("optimizer.lr", float, 0),
+    _Rule("dataloader.train.num_workers", int, 0),
+    _Rule("dataloader.test.num_workers", int, 0),
 )
 
 
@@ -60,10 +104,13 @@ def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"The config file {config_file} must be a .py or .yaml file.")
     try:
         config = LazyConfig.load(config_file)
-    except (ImportError, SyntaxError, KeyError, OmegaConfBaseException) as error:
+    # A config is a program: anything can go wrong in it.
+    except Exception as error:
         raise UserError(
             f"The config file {config_file} cannot be loaded: {_line(error)}"
         ) from error
+    if not isinstance(config, DictConfig) or config._is_none():
+        raise UserError(f"The config file {config_file} cannot be loaded: it holds no keys.")
     check_overrides(config, overrides)
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
@@ -85,8 +132,9 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
             override = parser.parse_override(text)
         except HydraException as error:
             raise UserError(
-                f"The override '{text}' is not of the form path.to.key=value: put quotes around "
-                "values with spaces, brackets or commas."
+                f"The override '{text}' is not of the form path.to.key=value: options such as "
+                "--eval-only go before the overrides, and values with spaces, brackets, commas or "
+                "non-ASCII letters need inner quotes, e.g. \"train.output_dir='/a/b c'\"."
             ) from error
         if override.is_delete():
             raise UserError(f"'{text}': keys cannot be deleted; set the key to null instead.")
@@ -103,13 +151,16 @@ def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int =
         num_gpus: processes that ``--num-gpus`` asks for.
 
     Raises:
-        UserError: for the first of: a missing part, an argument that its target does not take, an
-            unusable device or GPU count, a missing checkpoint, a missing data set or a number of
-            classes that does not match.
+        UserError: for the first of: a missing part, an argument that its target does not take, a
+            value out of range, an unusable device or GPU count, a missing checkpoint, a missing or
+            broken data set, a number of classes that does not match or an output folder that cannot
+            be made.
     """
     roots = _ROOTS_OF_EVALUATION if eval_only else _ROOTS_OF_TRAINING
     options = _TRAIN_OPTIONS_OF_EVALUATION if eval_only else _TRAIN_OPTIONS
-    missing = [root for root in roots if root not in config]
+    missing = [root for root in roots if config.get(root) is None]
+    if not missing and not isinstance(config.train, DictConfig):
+        raise UserError(f"train={config.train} is not allowed: import it from configs/common.")
     missing = missing or [f"train.{key}" for key in options if not _holds(config.train, key)]
     if missing:
         raise UserError(
@@ -117,10 +168,46 @@ def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int =
             "efficient_detr.engine.train.do_train for what a config holds."
         )
     check_arguments(config)
+    check_values(config)
     check_device(config, num_gpus)
     check_init_checkpoint(config)
     for node in ("test",) if eval_only else ("train", "test"):
         check_dataset(config, node)
+    check_output_dir(config)
+
+
+def check_values(config: DictConfig) -> None:
+    """Check type and range of the numbers and texts that the config itself decides.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    for rule in _RULES:
+        try:
+            value = OmegaConf.select(config, rule.key, default=_ABSENT)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{rule.key} cannot be read: {_line(error)}") from error
+        if value is not _ABSENT and not rule.allows(value):
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"{rule.key}={shown} is not allowed: give {rule.allowed()}.")
+
+
+def check_output_dir(config: DictConfig) -> None:
+    """Make the folder ``train.output_dir``.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    folder = OmegaConf.select(config, "train.output_dir")
+    if not folder or "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The folder train.output_dir={folder} cannot be made ({error.strerror or error}): "
+            "give a folder that you may write to."
+        ) from error
 
 
 def check_arguments(config: DictConfig) -> None:
@@ -148,14 +235,25 @@ def check_device(config: DictConfig, num_gpus: int) -> None:
     Raises:
         UserError: if this machine has not what they ask for.
     """
-    device = str(OmegaConf.select(config, "train.device", default="cpu"))
+    text = str(OmegaConf.select(config, "train.device", default="cpu"))
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"train.device={text} is not allowed: give cpu, cuda or, e.g., cuda:0.")
     available = torch.cuda.device_count()
-    if device.startswith("cuda") and available == 0:
+    if device.type == "cuda" and available == 0:
         raise UserError(
-            f"train.device={device}, but PyTorch finds no GPU: add train.device=cpu, or install a "
+            f"train.device={text}, but PyTorch finds no GPU: add train.device=cpu, or install a "
             "CUDA build of PyTorch."
         )
-    if device.startswith("cuda") and num_gpus > available:
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise UserError(
+            f"train.device={text}, but this machine's GPUs are cuda:0 to cuda:{available - 1}: "
+            "use one of them."
+        )
+    if device.type == "cuda" and num_gpus > available:
         raise UserError(f"--num-gpus {num_gpus}, but this machine has {available}: use fewer.")
     dtype = OmegaConf.select(config, "train.amp.dtype", default="bfloat16")
     if dtype not in AMP_DTYPES:
@@ -177,12 +275,13 @@ def check_init_checkpoint(config: DictConfig) -> None:
 
 
 def check_dataset(config: DictConfig, split: str) -> None:
-    """Check names and files of ``dataloader.<split>.dataset`` and, if known yet, its classes.
+    """Check names, files, annotations and classes of ``dataloader.<split>.dataset``.
 
     Data sets that are built by something without ``names`` are left to whoever builds them.
 
     Raises:
-        UserError: for an unset or unknown name, a missing path or a wrong number of classes.
+        UserError: for an unset or unknown name, a missing path, an incomplete annotation or a wrong
+            number of classes.
     """
     node = OmegaConf.select(config, f"dataloader.{split}.dataset")
     if not isinstance(node, DictConfig):
@@ -198,6 +297,7 @@ def check_dataset(config: DictConfig, split: str) -> None:
     for name in names:
         check_dataset_files(name)
         check_num_classes(config, name)
+        check_annotations(name)
 
 
 def check_num_classes(config: DictConfig, name: str) -> None:

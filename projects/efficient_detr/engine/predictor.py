@@ -1,5 +1,6 @@
 """Detection in single pictures: what ``demo.py`` runs, and a model for own scripts to call."""
 
+import contextlib
 import glob
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from efficient_detr.data.datasets import class_names, register_files
 from efficient_detr.data.seeding import temporary_seed
@@ -59,11 +61,21 @@ class Predictor:
         Returns:
             Instances on the CPU with ``pred_boxes`` (Q, 4) in absolute (x1, y1, x2, y2) of the
             given picture, ``scores`` (Q,) and ``pred_classes`` (Q,), best first.
+
+        Raises:
+            UserError: if the picture cannot be resized, or the model cannot take its size.
         """
         height, width = image.shape[:2]
         channels = image if self.image_format == "RGB" else image[:, :, ::-1]
         resized = T.AugInput(np.ascontiguousarray(channels))
-        self.augmentations(resized)
+        try:
+            self.augmentations(resized)
+        # A side of a very long and narrow picture may shrink to nothing.
+        except ValueError as error:
+            raise UserError(
+                f"A picture of {width} x {height} pixels cannot be resized as "
+                f"dataloader.test.mapper.augmentations say: {error}"
+            ) from error
         tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         instances: Instances = output["instances"].to("cpu")
@@ -84,7 +96,7 @@ class Predictor:
         try:
             return np.ascontiguousarray(read_image(path, format="RGB"))
         # Pillow raises OSError, SyntaxError or ValueError, depending on where a file is broken.
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read as a picture and is left out.") from error
 
     def draw(self, image: np.ndarray, instances: Instances) -> VisImage:
@@ -144,12 +156,18 @@ def output_paths(files: Sequence[str], folder: str) -> list[str]:
         Endings that the drawing library cannot write become ``.png``.
 
     Raises:
-        UserError: if ``folder`` is a file, or an output would replace its own input.
+        UserError: if ``folder`` is a file or cannot be made, or an output would replace its own
+            input.
     """
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError as error:
         raise UserError(f"--output {folder} is a file: give a folder.") from error
+    except OSError as error:
+        raise UserError(
+            f"--output {folder} cannot be made ({error.strerror or error}): give a folder that you "
+            "may write to."
+        ) from error
     paths: list[str] = []
     for file in files:
         stem, ending = os.path.splitext(os.path.basename(file))
@@ -170,11 +188,20 @@ def save_picture(drawing: VisImage, path: str) -> None:
     Args:
         drawing: what :meth:`Predictor.draw` returned.
         path: file to write; its ending decides the format.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
     folder, name = os.path.split(path)
     partial_path = os.path.join(folder, ".partial_" + name)
-    drawing.save(partial_path)
-    os.replace(partial_path, path)
+    try:
+        drawing.save(partial_path)
+        os.replace(partial_path, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial_path)
 
 
 def _metadata(cfg: DictConfig) -> Metadata:

@@ -222,8 +222,9 @@ def _restore(
 ) -> int:
     """Load the last checkpoint or the initial weights; return the iteration to start with."""
     output_dir = cfg.train.output_dir
+    checkpointer.remove_partial_files()
     if args.resume and checkpointer.has_checkpoint():
-        checkpointer.load(checkpointer.get_checkpoint_file())
+        checkpointer.resume(checkpointer.get_checkpoint_file())
         # The checkpoint names the iteration that had just been finished.
         start_iter = int(trainer.iter) + 1
         if hasattr(trainer.data_loader, "start_iteration"):

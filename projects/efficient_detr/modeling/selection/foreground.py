@@ -58,7 +58,9 @@ class ForegroundTokenSelector(nn.Module):
         score_head: scores the tokens of a level.
         num_levels: L.
         keep_ratio: part of the unpadded tokens that the first layer may update (rho).
-        layer_keep_ratios: for each encoder layer the part of those, in (0, 1].
+        layer_keep_ratios: for each encoder layer the part of those, in (0, 1]. It is taken of the
+            largest number in the batch, as published: in later layers an image beside a larger one
+            may keep more of its tokens than alone, but never more than `keep_ratio`.
     """
 
     def __init__(
