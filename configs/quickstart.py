@@ -4,7 +4,7 @@
     python train_net.py --config-file configs/quickstart.py
 
 The same parts as configs/focus_detr.py with smaller numbers: three levels of width 64, two encoder
-and two decoder layers, a narrow ResNet. About five minutes on two cores.
+and two decoder layers, a narrow ResNet. About five minutes on two idle cores.
 """
 
 import detectron2.data.transforms as T
@@ -81,7 +81,7 @@ optimizer.fused = True
 # The backbone starts from random weights too: it learns as fast as the rest.
 optimizer.params.lr_factor_func = None
 train.output_dir = "output/quickstart"
-train.max_iter = 1800
+train.max_iter = 1400
 train.eval_period = 0
 train.flops_images = 2
 train.device = "cpu"
