@@ -35,8 +35,8 @@ class ProposalHead(nn.Module):
 
     def forward(self, memory: FeatureTokens) -> Proposals:
         """Predict from every token of the encoder's memory."""
-        features = self.transform(memory, memory.features)
         boxes, valid = self.proposal_boxes(memory)
+        features = self._transform(memory.features, valid)
         anchors = torch.log(boxes / (1 - boxes)).masked_fill(~valid.unsqueeze(-1), torch.inf)
         return Proposals(
             features=features,
@@ -55,6 +55,9 @@ class ProposalHead(nn.Module):
             (B, S, C).
         """
         _, valid = self.proposal_boxes(tokens)
+        return self._transform(features, valid)
+
+    def _transform(self, features: Tensor, valid: Tensor) -> Tensor:
         return self.norm(self.projection(features.masked_fill(~valid.unsqueeze(-1), 0)))
 
     def proposal_boxes(self, tokens: FeatureTokens) -> tuple[Tensor, Tensor]:
