@@ -162,7 +162,7 @@ class TestSaveFigure:
         before = path.read_bytes()
 
         def fail(self, file, **options):
-            file.write(b"half")
+            file.write_bytes(b"half")
             raise OSError("disk full")
 
         monkeypatch.setattr(Figure, "savefig", fail)

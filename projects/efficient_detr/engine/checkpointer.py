@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
 
 from efficient_detr.errors import UserError
+from efficient_detr.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +136,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         source = os.path.join(self.save_dir, last_filename_basename)
         if source != os.path.join(self.save_dir, final):
             os.replace(source, os.path.join(self.save_dir, final))
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        with open(tag + _PARTIAL, "w", encoding="utf-8") as file:
-            file.write(final)
-        os.replace(tag + _PARTIAL, tag)
+        with replaced_file(os.path.join(self.save_dir, "last_checkpoint")) as partial_path:
+            partial_path.write_text(final, encoding="utf-8")
 
     def remove_partial_files(self) -> None:
         """Delete what killed runs left of unfinished checkpoints in ``save_dir``."""

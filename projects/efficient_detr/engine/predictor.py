@@ -1,6 +1,5 @@
 """Detection in single pictures: what ``demo.py`` runs, and a model for own scripts to call."""
 
-import contextlib
 import glob
 import os
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from efficient_detr.data.seeding import temporary_seed
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import dataset_names
 from efficient_detr.errors import UserError
+from efficient_detr.files import replaced_file
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -192,16 +192,11 @@ def save_picture(drawing: VisImage, path: str) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    folder, name = os.path.split(path)
-    partial_path = os.path.join(folder, ".partial_" + name)
     try:
-        drawing.save(partial_path)
-        os.replace(partial_path, path)
+        with replaced_file(path) as partial_path:
+            drawing.save(str(partial_path))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial_path)
 
 
 def _metadata(cfg: DictConfig) -> Metadata:

@@ -22,6 +22,7 @@ from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import check_num_classes, dataset_names
 from efficient_detr.engine.trainer import AMP_DTYPES, Trainer
 from efficient_detr.evaluation import build_evaluators
+from efficient_detr.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +167,8 @@ def save_results(results: Results, path: str) -> None:
         path: file to write; an existing one is replaced only by a complete one.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    partial_path = path + ".partial"
-    with open(partial_path, "w", encoding="utf-8") as file:
-        json.dump(_without_nan(results), file, indent=2)
-    os.replace(partial_path, path)
+    with replaced_file(path) as partial_path:
+        partial_path.write_text(json.dumps(_without_nan(results), indent=2), encoding="utf-8")
     logger.info("Results are in %s", path)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import colorsys
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from efficient_detr.files import replaced_file
 
 __all__ = ["Image", "class_colours", "enlarge", "image_grid", "save_figure", "show_image"]
 
@@ -113,12 +114,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 120)
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            figure.savefig(file, format="png", dpi=dpi)
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replaced_file(path) as partial_path:
+        figure.savefig(partial_path, format="png", dpi=dpi)
     return path
