@@ -53,4 +53,5 @@ format: install  ## mend what the linter can mend by itself, and format
 
 clean:  ## delete caches and build products; keeps the environment, output/ and datasets/
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache projects/*.egg-info detectron2_lite/build
+	rm -f projects/efficient_detr/ops/_kernels_*
 	find projects tests tools configs detectron2_lite -name __pycache__ -prune -exec rm -rf {} +

@@ -2,9 +2,15 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import __version__ as setuptools_version
 from setuptools import setup
+
+# pip runs this file without putting its folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from setup_kernels import BuildKernels, outer_extensions
 
 
 def check_build_tools() -> None:
@@ -18,4 +24,9 @@ def check_build_tools() -> None:
 
 
 check_build_tools()
-setup()
+setup(
+    ext_modules=outer_extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    # The shared objects call torch, never Python: one wheel serves all versions of Python.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

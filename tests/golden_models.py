@@ -1,4 +1,4 @@
-"""Build a model from the JSON of a golden fixture and feed it the fixture's tensors."""
+"""Golden fixtures: what they hold, how to compare with it, and the models that they describe."""
 
 from __future__ import annotations
 
@@ -77,6 +77,34 @@ class Fixture:
         """The weights under our names."""
         state = {k.removeprefix("w/"): v for k, v in self.tensors.items() if k.startswith("w/")}
         return convert_keys(state, detrex(self.info["config"]["dec_layers"]))
+
+
+class Comparison:
+    """Compares by name and remembers what was compared."""
+
+    def __init__(self, fixture: Fixture) -> None:
+        self.fixture = fixture
+        self.compared: set[str] = set()
+
+    def expect(self, name: str) -> Tensor:
+        self.compared.add(name)
+        return self.fixture.tensors[name]
+
+    def has(self, name: str) -> bool:
+        return name in self.fixture.tensors
+
+    def close(self, name: str, actual: Tensor, atol: float, rtol: float = 0.0) -> None:
+        expected = self.expect(name)
+        assert actual.shape == expected.shape, name
+        torch.testing.assert_close(
+            actual.detach(), expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}"
+        )
+
+    def equal(self, name: str, actual: Tensor) -> None:
+        assert torch.equal(actual.long(), self.expect(name).long()), name
+
+    def same_set(self, name: str, actual: Tensor, expected: Tensor) -> None:
+        assert torch.equal(actual.sort(1).values, expected.long().sort(1).values), name
 
 
 def _dino_arguments(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,19 @@ OLDEST_TORCH = (2, 11)
 REQUIREMENTS = ("requirements/runtime.txt", "requirements/development.txt")
 PINS = "requirements/constraints.txt"
 LITE = ROOT / "detectron2_lite"
+# Every build of the kernels leaves it, even one that builds nothing; `make clean` deletes it.
+KERNEL_RECORD = ROOT / "projects" / "efficient_detr" / "ops" / "_kernels_build.json"
+SOURCE_SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+BUILD_VARIABLES = (
+    "EFFICIENT_DETR_BUILD_KERNELS",
+    "EFFICIENT_DETR_BUILD_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+)
 
 # What `Environment.probe` finds: the versions of Python and of packages, None for an absent one.
 Versions = dict[str, "str | None"]
@@ -93,11 +106,13 @@ class Step:
         stamp: everything the outcome depends on.
         arguments: what follows `pip install`; None to keep what the environment already has.
         package: the distribution without which the step does not count as done; "" for none.
+        product: a file without which it does not either.
     """
 
     stamp: str
     arguments: list[str] | None
     package: str = ""
+    product: Path | None = None
 
 
 class InstallationError(Exception):
@@ -301,11 +316,29 @@ def detectron2_step(now: Situation) -> Step:
 
 
 def project_step(now: Situation) -> Step:
-    """The project itself, editable."""
-    packaging = digest([ROOT / "pyproject.toml", ROOT / "setup.py"])
-    stamp = f"{packaging} at {ROOT} torch {now.versions['torch']}"
+    """The project itself, editable, with its kernels compiled where that is possible."""
+    packaging = digest(ROOT / name for name in ("pyproject.toml", "setup.py", "setup_kernels.py"))
+    stamp = (
+        f"{packaging} at {ROOT} torch {now.versions['torch']} "
+        f"kernels {kernel_sources(ROOT / 'kernels')} {compilers()}"
+    )
     arguments = ["--no-build-isolation", "-c", str(now.constraints), "--editable", str(ROOT)]
-    return Step(stamp, arguments, "efficient_detr")
+    return Step(stamp, arguments, "efficient_detr", KERNEL_RECORD)
+
+
+def kernel_sources(folder: Path) -> str:
+    """A hash over the names and contents of all files that are compiled."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SOURCE_SUFFIXES)
+    names = hashlib.sha256("\n".join(str(file.relative_to(folder)) for file in files).encode())
+    return f"{names.hexdigest()[:8]}-{digest(files)}"
+
+
+def compilers() -> str:
+    """What decides whether and how kernels are compiled, apart from the sources."""
+    programs = [os.environ.get("CXX", "").split(" ")[-1], "c++", "g++", "clang++", "nvcc"]
+    found = [shutil.which(name) for name in programs if name]
+    wishes = [f"{name}={os.environ[name]}" for name in BUILD_VARIABLES if name in os.environ]
+    return " ".join([*(path for path in found if path), *wishes])
 
 
 STEPS = {
@@ -333,6 +366,7 @@ def install(environment: Environment, options: Options, python: str | None) -> b
         situation = Situation(options, versions, environment.stamp(name), environment.constraints)
         step = plan(situation)
         is_there = not step.package or versions[step.package] is not None
+        is_there &= step.product is None or step.product.exists()
         if is_there and situation.stamp == step.stamp:
             continue
         environment.carry_out(name, step, versions)
@@ -342,11 +376,24 @@ def install(environment: Environment, options: Options, python: str | None) -> b
     return changed
 
 
-def warn_about_compiler() -> None:
-    """One line if the kernels could not be compiled; everything else works without."""
-    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    if not any(name and shutil.which(name.split()[0]) for name in compilers):
-        say("no C++ compiler found: operators will run in plain PyTorch, which is slower")
+def kernel_report(record: Path) -> list[str]:
+    """What the build noted about the compiled kernels, a line for each device worth mentioning."""
+    try:
+        entries = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return []
+    lines = []
+    for device in ("cpu", "cuda"):
+        entry = entries.get(device, {})
+        if entry.get("state") == "built":
+            lines.append(f"operators on {device}: compiled")
+        elif entry.get("state") not in (None, "not needed"):
+            log = f"; see {entry['log']}" if "log" in entry else ""
+            lines.append(
+                f"operators on {device}: plain PyTorch, which is slower, because the kernels "
+                f"were not built: {entry.get('reason')}{log}"
+            )
+    return lines
 
 
 def main() -> int:
@@ -370,7 +417,8 @@ def main() -> int:
     try:
         environment = Environment((ROOT / arguments.venv).absolute())
         if install(environment, options, python):
-            warn_about_compiler()
+            for line in kernel_report(KERNEL_RECORD):
+                say(line)
             say("installed")
     except InstallationError as error:
         print(f"error: {error}", file=sys.stderr)

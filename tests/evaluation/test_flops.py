@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +20,17 @@ from efficient_detr.evaluation import (
     stage_modules,
     tensor_shape,
 )
-from efficient_detr.ops.deformable_attention import sample_by_embedding_bag, sample_by_grid_sample
+from efficient_detr.ops import (
+    fused_multi_scale_deformable_attention,
+    library,
+    multi_scale_deformable_attention,
+)
+from efficient_detr.ops.deformable_attention_pytorch import (
+    sample_by_embedding_bag,
+    sample_by_grid_sample,
+)
+from efficient_detr.structures import SpatialShapes
+from tests.tiny_models import tiny_model
 
 B, LENGTH, C, H = 2, 5, 8, 2
 
@@ -156,8 +167,39 @@ def test_fused_encoder_layer_costs_what_its_parts_cost() -> None:
     assert count(layer).total == expected
 
 
-@pytest.mark.parametrize("sample", [sample_by_grid_sample, sample_by_embedding_bag])
-def test_both_forms_of_deformable_sampling_cost_the_same(sample) -> None:
+def plain_compiled(value: Tensor, shapes: SpatialShapes, *sampling: Tensor) -> Tensor:
+    return multi_scale_deformable_attention(value, shapes, *sampling, implementation="compiled")
+
+
+def through_fused(implementation: str) -> Callable[..., Tensor]:
+    """The fused function, fed with references and logits instead of locations and weights."""
+
+    def sample(value: Tensor, shapes: SpatialShapes, points: Tensor, weights: Tensor) -> Tensor:
+        reference = torch.rand(*points.shape[:2], len(shapes), 2)
+        return fused_multi_scale_deformable_attention(
+            value, shapes, reference, points, weights, implementation=implementation
+        )
+
+    return sample
+
+
+no_kernels = library.missing_reason(torch.device("cpu"))
+needs_kernels = pytest.mark.skipif(
+    bool(no_kernels), reason=f"needs the compiled kernels, but {no_kernels}"
+)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(sample_by_grid_sample, id="grid_sample"),
+        pytest.param(sample_by_embedding_bag, id="embedding_bag"),
+        pytest.param(through_fused("pytorch"), id="fused"),
+        pytest.param(plain_compiled, id="compiled", marks=needs_kernels),
+        pytest.param(through_fused("compiled"), id="compiled_fused", marks=needs_kernels),
+    ],
+)
+def test_all_forms_of_deformable_sampling_cost_the_same(sample: Callable[..., Tensor]) -> None:
     images, queries, heads, channels, points = 2, 3, 2, 4, 5
     shapes = [(4, 6), (2, 3)]
 
@@ -168,8 +210,25 @@ def test_both_forms_of_deformable_sampling_cost_the_same(sample) -> None:
         return sample(value, shapes, locations, weights)
 
     # 4 corners for each of B * Q * H * L * P * D = 2 * 3 * 2 * 2 * 5 * 4 = 480 samples. The sum
-    # over points is elementwise in one form and part of the corner weights in the other.
+    # over points is elementwise in one form and part of the corner weights in the other; softmax
+    # and the arithmetic of locations are not counted.
     assert count(Call(run)).total == 4 * 480
+
+
+@needs_kernels
+def test_a_detector_costs_the_same_with_and_without_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("dino")
+    counts = []
+    for implementation in ("pytorch", "compiled"):
+        monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, implementation)
+        counts.append(count_flops(model, [{"image": torch.zeros(3, 64, 96)}]))
+    without, with_kernels = counts
+    assert without.stages == with_kernels.stages
+    name = "efficient_detr::fused_multi_scale_deformable_attention"
+    assert with_kernels.operators[name] > 0
+    assert name not in without.operators
 
 
 @pytest.mark.parametrize(

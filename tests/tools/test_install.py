@@ -1,5 +1,6 @@
 """The installer behind `make install`: what it installs, what it leaves alone, how it recovers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     monkeypatch.setattr(install, "run", fake.run)
     monkeypatch.setattr(Environment, "probe", lambda self: fake.versions)
     monkeypatch.setattr(install, "environment_module", lambda: "venv")
+    monkeypatch.setattr(install, "KERNEL_RECORD", tmp_path / "_kernels_build.json")
+    install.KERNEL_RECORD.write_text("{}")
+    for name in install.BUILD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     return fake
 
 
@@ -181,3 +186,51 @@ def test_a_python_without_venv_says_what_to_install(monkeypatch: pytest.MonkeyPa
         install.environment_module()
     monkeypatch.setattr(install, "can_import", lambda module: module in ("venv", "virtualenv"))
     assert install.environment_module() == "virtualenv"
+
+
+def test_the_project_is_built_again_when_its_kernels_may_have_changed(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.calls_of()
+    install.KERNEL_RECORD.unlink()  # make clean
+    assert machine.calls_of() == ["efficient_detr"]
+    install.KERNEL_RECORD.write_text("{}")
+    assert machine.calls_of() == []
+    monkeypatch.setenv("EFFICIENT_DETR_BUILD_CUDA", "1")
+    assert machine.calls_of() == ["efficient_detr"]
+    assert machine.calls_of() == []
+    monkeypatch.setattr(install.shutil, "which", lambda name: f"/new/{name}")
+    assert machine.calls_of() == ["efficient_detr"]
+    monkeypatch.setattr(install, "kernel_sources", lambda folder: "edited")
+    assert machine.calls_of() == ["efficient_detr"]
+    machine.versions = {**(machine.versions or {}), "torch": "2.14.0"}
+    assert "efficient_detr" in machine.calls_of()
+    assert machine.calls_of() == []
+
+
+def test_kernel_sources_are_told_apart_by_name_and_content(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "cpu.cpp").write_text("1")
+    first = install.kernel_sources(folder)
+    (folder / "README.md").write_text("not compiled")
+    assert install.kernel_sources(folder) == first
+    (folder / "a" / "cpu.cpp").write_text("2")
+    second = install.kernel_sources(folder)
+    (folder / "a").rename(folder / "b")
+    third = install.kernel_sources(folder)
+    (folder / "b" / "shared.cuh").touch()
+    assert len({first, second, third, install.kernel_sources(folder)}) == 4
+
+
+def test_what_the_build_noted_is_reported_in_one_line_a_device(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    assert install.kernel_report(record) == []
+    failed = {"state": "failed", "reason": "compiling them failed (no)", "log": "build/cpu.log"}
+    record.write_text(json.dumps({"cpu": failed, "cuda": {"state": "not needed"}}))
+    assert install.kernel_report(record) == [
+        "operators on cpu: plain PyTorch, which is slower, because the kernels were not built: "
+        "compiling them failed (no); see build/cpu.log"
+    ]
+    record.write_text(json.dumps({"cpu": {"state": "built", "compiler": "g++ 12"}, "cuda": {}}))
+    assert install.kernel_report(record) == ["operators on cpu: compiled"]

@@ -21,6 +21,8 @@ from typing import Any
 
 from fvcore.nn.jit_handles import batchnorm_flop_jit, elementwise_flop_counter, norm_flop_counter
 
+from efficient_detr.ops import deformable_attention_library as deformable_attention
+
 # Interpolation modes of aten::grid_sampler; 0 is bilinear.
 _NEAREST = 1
 _BICUBIC = 2
@@ -168,6 +170,11 @@ def _grid_sampler(inputs: Sequence[Any], outputs: Sequence[Any]) -> int | None:
     return prod(shape) * neighbours
 
 
+def _deformable_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """The compiled operators, plain and fused; their last argument is (B, Q, H, L, P)."""
+    return deformable_attention.multiply_adds(tensor_shape(outputs[0]), tensor_shape(inputs[-1]))
+
+
 def _not_counted(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """For operators that fvcore would skip in silence."""
 
@@ -238,6 +245,8 @@ _HANDLERS: dict[str, FlopHandler] = {
     "aten::grid_sampler": _grid_sampler,
     "aten::grid_sampler_2d": _grid_sampler,
     "aten::grid_sampler_3d": _grid_sampler,
+    f"efficient_detr::{deformable_attention.PLAIN}": _deformable_attention,
+    f"efficient_detr::{deformable_attention.FUSED}": _deformable_attention,
 }
 
 _VIEWS = (

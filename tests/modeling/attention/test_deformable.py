@@ -11,10 +11,12 @@ from efficient_detr.modeling.attention import (
     DeformableDecoderAttention,
     DeformableEncoderAttention,
 )
-from efficient_detr.ops.deformable_attention import sample_by_grid_sample
+from efficient_detr.ops import library
+from efficient_detr.ops.deformable_attention_pytorch import sample_by_grid_sample
 from tests.tiny_models import random_tokens
 
 SHAPES = [(4, 6), (2, 3)]
+NO_KERNELS = library.missing_reason(torch.device("cpu"))
 
 
 def test_initial_offsets_form_a_ring() -> None:
@@ -168,3 +170,35 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert math.isfinite(output.sum().item())
+
+
+@pytest.mark.skipif(bool(NO_KERNELS), reason=f"needs the compiled kernels, but {NO_KERNELS}")
+@pytest.mark.parametrize("family", [DeformableEncoderAttention, DeformableDecoderAttention])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_same_with_and_without_kernels(
+    family: type, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and all gradients, of the references too; under autocast values are bfloat16."""
+    attention = family(channels=16, num_heads=2, num_levels=2, num_points=4)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = random_tokens(SHAPES, batch=2, channels=16, sizes=[(32, 48), (20, 48)])
+    decoder = family is DeformableDecoderAttention
+    reference = torch.rand(2, 5, 4) if decoder else torch.rand(2, 5, 2, 2)
+    inputs = [torch.randn(2, 5, 16), torch.randn(2, 5, 16), reference]
+    upstream = torch.randn(2, 5, 16)
+    results = []
+    for implementation in ("pytorch", "compiled"):
+        monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, implementation)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = attention(*leaves, tokens)
+        everything = [*leaves, *attention.parameters()]
+        grads = torch.autograd.grad(output, everything, upstream.to(output.dtype))
+        results.append([output, *grads])
+    # bfloat16 resolves 1 to 1/128; where the two round differently, later sums follow.
+    tolerance = 0.05 if autocast else 1e-4
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype is expected.dtype
+        scale = max(1.0, expected.abs().max().item())
+        assert (ours - expected).abs().max() <= tolerance * scale

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.interface import DecoderAttention, EncoderAttention
 from efficient_detr.modeling.layers import xavier_linear
-from efficient_detr.ops import multi_scale_deformable_attention
+from efficient_detr.ops import (
+    deformable_sampling_locations,
+    fused_multi_scale_deformable_attention,
+)
 from efficient_detr.structures import FeatureTokens
 
 
@@ -71,13 +74,16 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        locations = self.sampling_locations(query, reference, memory)
-        weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
-        weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         value = self.value_projection(memory.features)
         value = value.masked_fill(memory.padding_mask.unsqueeze(-1), 0)
-        value = value.unflatten(2, (self.num_heads, -1))  # (B, S, H, D)
-        sampled = multi_scale_deformable_attention(value, memory.spatial_shapes, locations, weights)
+        logits = self.attention_weights(query)
+        sampled = fused_multi_scale_deformable_attention(
+            value.unflatten(2, (self.num_heads, -1)),  # (B, S, H, D)
+            memory.spatial_shapes,
+            reference,
+            self._offsets(query),
+            logits.unflatten(2, (self.num_heads, self.num_levels, self.num_points)),
+        )
         return self.output_projection(sampled)
 
     def sampling_locations(self, query: Tensor, reference: Tensor, memory: FeatureTokens) -> Tensor:
@@ -85,14 +91,11 @@ class MultiScaleDeformableAttention(nn.Module):
 
         Offsets count in cells around a reference point, and in 1/P half-sizes of a reference box.
         """
+        return deformable_sampling_locations(reference, self._offsets(query), memory.spatial_shapes)
+
+    def _offsets(self, query: Tensor) -> Tensor:
         grid = (self.num_heads, self.num_levels, self.num_points, 2)
-        offsets = self.sampling_offsets(query).unflatten(2, grid)
-        offsets = offsets.to(torch.promote_types(offsets.dtype, reference.dtype))
-        reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2|4)
-        if reference.shape[-1] == 2:
-            shapes = torch.tensor(memory.spatial_shapes, device=query.device)
-            return reference + offsets / shapes.flip(1)[:, None]
-        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+        return self.sampling_offsets(query).unflatten(2, grid)
 
 
 class DeformableEncoderAttention(MultiScaleDeformableAttention, EncoderAttention):

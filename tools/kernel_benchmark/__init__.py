@@ -1,0 +1,1 @@
+"""The parts of `tools/bench_kernels.py`: workloads, formulations to compare, timing, reports."""
