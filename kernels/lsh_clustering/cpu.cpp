@@ -38,6 +38,8 @@ struct PackedProjections {
         bias(groups * lanes),
         low(groups * lanes),
         high(groups * lanes) {
+    std::fill_n(lowest, lanes, -static_cast<Real>(cell_limit));
+    std::fill_n(highest, lanes, static_cast<Real>(cell_limit));
     for (int64_t t = 0; t < problem.rounds; ++t) {
       const int64_t group = t / lanes, lane = t % lanes;
       for (int64_t d = 0; d < problem.points.channels; ++d)
@@ -52,18 +54,26 @@ struct PackedProjections {
   }
 
   int64_t groups;
-  std::vector<Real> directions;  // (groups, D, lanes)
+  Real lowest[lanes], highest[lanes];  // cells, the same in all lanes
+  std::vector<Real> directions;        // (groups, D, lanes)
   std::vector<Real> bias;
   std::vector<int32_t> low;
   std::vector<uint32_t> high;
 };
 
-// Projects `block_tokens` tokens by `width` vectors of rounds; the sums of a token lie `padded` apart
-// from those of the next.
+ED_INLINE void store_cells(int32_t* to, Int8 cells) { std::memcpy(to, &cells, sizeof cells); }
+ED_INLINE void store_cells(int32_t* to, Long4 cells) {
+  for (int lane = 0; lane < 4; ++lane) to[lane] = static_cast<int32_t>(cells[lane]);
+}
+
+// Cells of `block_tokens` tokens in `width` vectors of rounds; the cells of a token lie `padded`
+// apart from those of the next.
 template <class Real, int width>
-ED_INLINE void project(const Real* const* token, int64_t channels, const Real* directions,
-                       int64_t vector_stride, const Real* bias, Real* positions, int64_t padded) {
+ED_INLINE void find_cells(const PackedProjections<Real>& packed, const Real* const* token,
+                          int64_t channels, const Real* directions, int64_t vector_stride,
+                          const Real* bias, int32_t* cells, int64_t padded) {
   using Vector = typename Simd<Real>::Vector;
+  using Integer = typename Simd<Real>::Integer;
   constexpr int64_t lanes = Simd<Real>::lanes;
   Vector sum[block_tokens][width];
   for (int k = 0; k < block_tokens; ++k)
@@ -76,43 +86,31 @@ ED_INLINE void project(const Real* const* token, int64_t channels, const Real* d
       for (int v = 0; v < width; ++v) sum[k][v] += direction[v] * token[k][d];
   }
   for (int k = 0; k < block_tokens; ++k)
-    for (int v = 0; v < width; ++v) store(positions + k * padded + v * lanes, sum[k][v]);
+    for (int v = 0; v < width; ++v) {
+      // Read where they are used: kept in registers, they would displace sums.
+      const Vector lowest = load(packed.lowest), highest = load(packed.highest);
+      Vector position = sum[k][v];
+      position = select(position > lowest, position, lowest);  // also for NaN
+      position = select(position < highest, position, highest);
+      store_cells(cells + k * padded + v * lanes, floor_to_integer(position, Integer{}));
+    }
 }
 
 template <class Real>
-ED_INLINE void project_block(const PackedProjections<Real>& packed, const Real* const* token,
-                             int64_t channels, Real* positions) {
+ED_INLINE void find_block_cells(const PackedProjections<Real>& packed, const Real* const* token,
+                                int64_t channels, int32_t* cells) {
   constexpr int64_t lanes = PackedProjections<Real>::lanes;
   const int64_t padded = packed.groups * lanes, group_size = channels * lanes;
   const Real *directions = packed.directions.data(), *bias = packed.bias.data();
   int64_t group = 0;
   if constexpr (Simd<Real>::lanes == lanes)
     for (; group + 2 <= packed.groups; group += 2)
-      project<Real, 2>(token, channels, directions + group * group_size, group_size,
-                       bias + group * lanes, positions + group * lanes, padded);
+      find_cells<Real, 2>(packed, token, channels, directions + group * group_size, group_size,
+                          bias + group * lanes, cells + group * lanes, padded);
   for (; group < packed.groups; ++group)
-    project<Real, lanes / Simd<Real>::lanes>(token, channels, directions + group * group_size,
-                                             Simd<Real>::lanes, bias + group * lanes,
-                                             positions + group * lanes, padded);
-}
-
-ED_INLINE void store_cells(int32_t* to, Int8 cells) { std::memcpy(to, &cells, sizeof cells); }
-ED_INLINE void store_cells(int32_t* to, Long4 cells) {
-  for (int lane = 0; lane < 4; ++lane) to[lane] = static_cast<int32_t>(cells[lane]);
-}
-
-// Cells of `count` positions, which are in units of cells.
-template <class Real>
-ED_INLINE void find_cells(const Real* positions, int64_t count, int32_t* cells) {
-  using Vector = typename Simd<Real>::Vector;
-  using Integer = typename Simd<Real>::Integer;
-  const Vector limit = Vector{} + static_cast<Real>(cell_limit);
-  for (int64_t i = 0; i < count; i += Simd<Real>::lanes) {
-    Vector position = load(positions + i);
-    position = select(position > -limit, position, -limit);  // also for NaN
-    position = select(position < limit, position, limit);
-    store_cells(cells + i, floor_to_integer(position, Integer{}));
-  }
+    find_cells<Real, lanes / Simd<Real>::lanes>(
+        packed, token, channels, directions + group * group_size, Simd<Real>::lanes,
+        bias + group * lanes, cells + group * lanes, padded);
 }
 
 // The sum of cell * multiplier modulo 2^64. The compiler knows both products of this loop as
@@ -135,17 +133,10 @@ ED_INLINE void combine_all(const PackedProjections<Real>& packed, const int32_t*
     keys[k] = combine_cells(cells + k * padded, packed.low.data(), packed.high.data(), padded);
 }
 
-template <class Real>
-struct TaskScratch {
-  explicit TaskScratch(int64_t padded) : positions(task_tokens * padded), cells(positions.size()) {}
-  std::vector<Real> positions;  // (task_tokens, padded rounds)
-  std::vector<int32_t> cells;
-};
-
 // One task: up to `task_tokens` tokens of one row.
 template <class Real>
 ED_INLINE void hash_tokens(const HashProblem<Real>& problem, const PackedProjections<Real>& packed,
-                           TaskScratch<Real>& scratch, int64_t row, int64_t first, int64_t last) {
+                           int32_t* cells, int64_t row, int64_t first, int64_t last) {
   const Tokens<const Real>& points = problem.points;
   const int64_t padded = packed.groups * PackedProjections<Real>::lanes;
   const Real* data = points.row(row);
@@ -156,10 +147,8 @@ ED_INLINE void hash_tokens(const HashProblem<Real>& problem, const PackedProject
       token[k] = data + std::min(n + k, last - 1) * points.token_stride;
       prefetch(points, token[k] + 2 * block_tokens * points.token_stride);
     }
-    project_block(packed, token, points.channels, scratch.positions.data() + (n - first) * padded);
+    find_block_cells(packed, token, points.channels, cells + (n - first) * padded);
   }
-  int32_t* cells = scratch.cells.data();
-  find_cells(scratch.positions.data(), (last - first) * padded, cells);
   // The usual number as a constant spares the loop over rounds.
   if (padded == 32)
     combine_all(packed, cells, 32, last - first, keys + first);
@@ -169,30 +158,28 @@ ED_INLINE void hash_tokens(const HashProblem<Real>& problem, const PackedProject
 
 template <class Real>
 ED_INLINE void run_hash_tasks(const HashProblem<Real>& problem,
-                              const PackedProjections<Real>& packed, TaskScratch<Real>& scratch,
+                              const PackedProjections<Real>& packed, int32_t* cells,
                               int64_t first_task, int64_t last_task) {
   // All heads of some tokens in turn, because these are neighbours in a (B, N, H, D) tensor.
   const int64_t tokens = problem.points.tokens, heads = problem.points.heads;
   const int64_t chunks = divide_up(tokens, task_tokens);
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t chunk = task / heads, first = chunk % chunks * task_tokens;
-    hash_tokens(problem, packed, scratch, chunk / chunks * heads + task % heads, first,
+    hash_tokens(problem, packed, cells, chunk / chunks * heads + task % heads, first,
                 std::min(first + task_tokens, tokens));
   }
 }
 
 // Templates cannot be dispatched.
 ED_DISPATCHED void hash_dispatched(const HashProblem<float>& problem,
-                                   const PackedProjections<float>& packed,
-                                   TaskScratch<float>& scratch, int64_t first_task,
-                                   int64_t last_task) {
-  run_hash_tasks(problem, packed, scratch, first_task, last_task);
+                                   const PackedProjections<float>& packed, int32_t* cells,
+                                   int64_t first_task, int64_t last_task) {
+  run_hash_tasks(problem, packed, cells, first_task, last_task);
 }
 ED_DISPATCHED void hash_dispatched(const HashProblem<double>& problem,
-                                   const PackedProjections<double>& packed,
-                                   TaskScratch<double>& scratch, int64_t first_task,
-                                   int64_t last_task) {
-  run_hash_tasks(problem, packed, scratch, first_task, last_task);
+                                   const PackedProjections<double>& packed, int32_t* cells,
+                                   int64_t first_task, int64_t last_task) {
+  run_hash_tasks(problem, packed, cells, first_task, last_task);
 }
 
 // ------------------------------------------------------------------------------------------ group
@@ -363,8 +350,8 @@ int64_t hash_tasks(const HashProblem<Real>& problem) {
 template <class Real>
 void hash_keys(const HashProblem<Real>& problem, int64_t first_task, int64_t last_task) {
   const PackedProjections<Real> packed(problem);
-  TaskScratch<Real> scratch(packed.groups * PackedProjections<Real>::lanes);
-  hash_dispatched(problem, packed, scratch, first_task, last_task);
+  std::vector<int32_t> cells(task_tokens * packed.groups * PackedProjections<Real>::lanes);
+  hash_dispatched(problem, packed, cells.data(), first_task, last_task);
 }
 
 void group_by_key(const GroupProblem& problem, int64_t first_row, int64_t last_row) {

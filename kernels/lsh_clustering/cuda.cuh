@@ -146,8 +146,8 @@ __device__ __forceinline__ BlockRank block_rank(bool predicate, int* warp_counts
   return {warp_sum(lane < warp ? count : 0) + __popc(votes & ((1u << lane) - 1)), warp_sum(count)};
 }
 
-// A block groups a row. `scratch` holds a table for each row, or is null if a table fits into shared
-// memory. The number of threads is a multiple of 32.
+// A block groups a row. `scratch` holds a table for each row, or is null if a table fits into
+// shared memory. The number of threads is a multiple of 32.
 __global__ void __launch_bounds__(1024) group_kernel(GroupProblem problem, int bits,
                                                      unsigned* scratch) {
   __shared__ int warp_counts[32];

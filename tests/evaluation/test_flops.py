@@ -21,6 +21,10 @@ from efficient_detr.evaluation import (
     tensor_shape,
 )
 from efficient_detr.ops import (
+    cluster_broadcast,
+    cluster_mean,
+    cluster_tokens,
+    draw_projections,
     fused_multi_scale_deformable_attention,
     library,
     multi_scale_deformable_attention,
@@ -213,6 +217,25 @@ def test_all_forms_of_deformable_sampling_cost_the_same(sample: Callable[..., Te
     # over points is elementwise in one form and part of the corner weights in the other; softmax
     # and the arithmetic of locations are not counted.
     assert count(Call(run)).total == 4 * 480
+
+
+@pytest.mark.parametrize(
+    "implementation", ["pytorch", pytest.param("compiled", marks=needs_kernels)]
+)
+def test_both_forms_of_clustering_cost_the_same(implementation: str) -> None:
+    projections = draw_projections(4, 6)
+
+    def run(tokens: Tensor) -> Tensor:
+        points = torch.rand(2, 3, 7, 4)
+        assignment = cluster_tokens(points, projections, implementation=implementation)
+        prototypes = cluster_mean(
+            points, assignment.ids, assignment.counts, implementation=implementation
+        )
+        return cluster_broadcast(prototypes, assignment.ids, implementation=implementation)
+
+    # Hashing projects B * H * N = 42 tokens of D = 4 channels to T = 6 directions: 42 * 4 * 6.
+    # The mean adds up 42 * 4 numbers.
+    assert count(Call(run)).total == 42 * 4 * 6 + 42 * 4
 
 
 @needs_kernels

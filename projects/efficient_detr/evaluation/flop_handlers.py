@@ -175,6 +175,21 @@ def _deformable_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     return deformable_attention.multiply_adds(tensor_shape(outputs[0]), tensor_shape(inputs[-1]))
 
 
+def _hashing(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Projection of points (B, H, N, D) to directions (D, T); finding cells is not counted."""
+    return prod(tensor_shape(inputs[0])) * tensor_shape(inputs[1])[1]
+
+
+def _sum_of_rows(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Sums of the members of clusters: one addition an element of the points."""
+    return prod(tensor_shape(inputs[0]))
+
+
+def _index_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """One addition an element of the source."""
+    return prod(tensor_shape(inputs[3]))
+
+
 def _not_counted(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """For operators that fvcore would skip in silence."""
 
@@ -247,6 +262,10 @@ _HANDLERS: dict[str, FlopHandler] = {
     "aten::grid_sampler_3d": _grid_sampler,
     f"efficient_detr::{deformable_attention.PLAIN}": _deformable_attention,
     f"efficient_detr::{deformable_attention.FUSED}": _deformable_attention,
+    "aten::index_add": _index_add,
+    "aten::index_add_": _index_add,
+    "efficient_detr::lsh_hash": _hashing,
+    "efficient_detr::cluster_reduce": _sum_of_rows,
 }
 
 _VIEWS = (
@@ -265,11 +284,14 @@ _BOOKKEEPING = (
 )
 _NOTHING_AT_INFERENCE = "dropout feature_dropout"
 
+# They compare keys and copy rows.
+_GROUPING = ("efficient_detr::lsh_group", "efficient_detr::cluster_broadcast")
+
 FREE_OPERATORS = frozenset(
     f"aten::{name}"
     for names in (_VIEWS, _FILLS_AND_COPIES, _BOOKKEEPING, _NOTHING_AT_INFERENCE)
     for name in names.split()
-)
+).union(_GROUPING)
 """Operators that compute nothing: they view, allocate, fill or copy memory."""
 
 

@@ -58,7 +58,7 @@ def multi_scale_deformable_attention(
     _check_value(value, spatial_shapes)
     _check_companions(value, sampling)
     _check_points(value, spatial_shapes, **sampling)
-    if not _runs_compiled(value, implementation):
+    if library.choose(value.device, implementation) == "pytorch":
         return in_pytorch.attend(value, spatial_shapes, sampling_locations, attention_weights)
     dtype = real_dtype(value.dtype)
     return OPERATORS.multi_scale_deformable_attention(
@@ -105,7 +105,7 @@ def fused_multi_scale_deformable_attention(
     _check_companions(value, {"reference": reference, **points})
     _check_points(value, spatial_shapes, **points)
     _check_reference(reference, sampling_offsets)
-    if not _runs_compiled(value, implementation):
+    if library.choose(value.device, implementation) == "pytorch":
         return in_pytorch.attend_fused(
             value, spatial_shapes, reference, sampling_offsets, attention_logits
         )
@@ -117,13 +117,6 @@ def fused_multi_scale_deformable_attention(
         sampling_offsets.to(dtype),
         attention_logits.to(dtype),
     )
-
-
-def _runs_compiled(value: Tensor, implementation: str | None) -> bool:
-    # A file for other runtimes cannot hold our operators.
-    if torch.onnx.is_in_onnx_export():
-        return False
-    return library.choose(value.device, implementation) == "compiled"
 
 
 def _check_value(value: Tensor, spatial_shapes: list[tuple[int, int]]) -> None:

@@ -253,12 +253,15 @@ def choose(device: torch.device, implementation: str | None = None) -> Implement
             which is "auto" unless set.
 
     Returns:
-        "compiled" if the kernels exist for this device and torch, and are not declined.
+        "compiled" if the kernels exist for this device and torch, and are not declined. While
+        `torch.onnx.export` runs always "pytorch": other runtimes do not know our operators.
 
     Raises:
         ValueError: if the wish is none of the three.
         RuntimeError: if "compiled" is asked for and not possible.
     """
+    if torch.onnx.is_in_onnx_export():
+        return "pytorch"
     return _loader.choose(device, implementation)
 
 
