@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "efficient_detr.ops"
 RECORD = "_kernels_build.json"
 OLDEST_TORCH = (2, 11)
+# Older GPUs cannot take constant parameters by reference, which the kernels do.
+OLDEST_ARCHITECTURE = (7, 0)
 HEADERS = (".h", ".cuh")
 SOURCES = {"cpu": ("cpu.cpp", "torch_cpu.cpp"), "cuda": ("cuda.cu", "torch_cuda.cpp")}
 LABELS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -291,12 +293,27 @@ def choose_architectures(asked: str, torch: Torch, known_to_nvcc: list[str]) -> 
                     "failed",
                     f"TORCH_CUDA_ARCH_LIST holds {name!r}; write capabilities, as in '8.0 9.0+PTX'",
                 )
+            if not is_supported(name):
+                raise NotBuilt(
+                    "failed",
+                    f"TORCH_CUDA_ARCH_LIST holds {name!r}; the kernels need GPUs of capability 7.0 "
+                    "or newer",
+                )
         return listed
+    known = list(filter(is_supported, known_to_nvcc))
+    if not known:
+        raise NotBuilt("failed", "nvcc names no GPU of capability 7.0 or newer to compile for")
+    if torch.visible and not any(map(is_supported, torch.visible)):
+        raise NotBuilt("not possible", "the GPUs at hand are older than capability 7.0")
     wanted = torch.visible or torch.architectures
-    both = [name for name in known_to_nvcc if name in wanted] or known_to_nvcc
-    if not both:
-        raise NotBuilt("failed", "nvcc does not say for which GPUs it compiles")
+    both = [name for name in known if name in wanted] or known
     return [*both[:-1], both[-1] + "+PTX"]
+
+
+def is_supported(architecture: str) -> bool:
+    """Whether the kernels can be compiled for "9.0", "9.0a" or "9.0+PTX"."""
+    major, minor = re.findall(r"\d+", architecture)[:2]
+    return (int(major), int(minor)) >= OLDEST_ARCHITECTURE
 
 
 def architecture_flags(architectures: Iterable[str]) -> list[str]:

@@ -161,6 +161,19 @@ def test_an_architecture_that_is_none() -> None:
         setup_kernels.choose_architectures("8.0 Hopper", CUDA_TORCH, NVCC_13)
 
 
+def test_gpus_too_old_for_the_kernels() -> None:
+    torch = Torch(CUDA_TORCH.version, "12.6", None, ("5.0", "6.0", "7.0", "8.0"))
+    nvcc = ["5.0", "6.0", "7.0", "7.5", "8.0"]
+    assert setup_kernels.choose_architectures("", torch, nvcc) == ["7.0", "8.0+PTX"]
+    with pytest.raises(NotBuilt, match=r"'6\.0\+PTX'; the kernels need GPUs of capability 7\.0"):
+        setup_kernels.choose_architectures("8.0 6.0+PTX", torch, nvcc)
+    at_hand = Torch(CUDA_TORCH.version, "12.6", None, torch.architectures, ("6.1",))
+    with pytest.raises(NotBuilt, match="the GPUs at hand are older"):
+        setup_kernels.choose_architectures("", at_hand, nvcc)
+    with pytest.raises(NotBuilt, match="nvcc names no GPU"):
+        setup_kernels.choose_architectures("", torch, nvcc[:2])
+
+
 def test_capabilities_from_the_names_of_torch_and_nvcc() -> None:
     names = "sm_75 sm_90 sm_90a compute_120\ncompute_80"
     assert setup_kernels.capabilities(names) == ["7.5", "8.0", "9.0", "12.0"]

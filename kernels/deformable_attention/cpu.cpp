@@ -81,7 +81,7 @@ ED_INLINE void gather(const Points<Real>& points, Rows<const Real> value, int64_
 }
 
 // Queries ahead of the present one whose points are fetched into the cache.
-constexpr int64_t kQueriesAhead = 4;
+constexpr int64_t queries_ahead = 4;
 
 // `row` receives the output of a query unless it can be written where it belongs.
 template <class Real>
@@ -94,7 +94,7 @@ ED_INLINE void forward_head(const ForwardProblem& problem, Rows<const Real> valu
   const bool real = stores_reals(problem.storage);
   for (int64_t q = first_query; q < last_query; ++q) {
     const int64_t query = image * sizes.queries + q;
-    if (q + kQueriesAhead < last_query) reader.prefetch(query + kQueriesAhead, head);
+    if (q + queries_ahead < last_query) reader.prefetch(query + queries_ahead, head);
     reader.read(query, head);
     points.find_corners();
     if (real) {
@@ -322,10 +322,10 @@ ED_INLINE void backward_head(const BackwardProblem& problem, Rows<const Real> va
   for (int64_t q = 0; q < sizes.queries; ++q) {
     const int64_t query = image * sizes.queries + q;
     auto gradient = heads.rows(static_cast<const Real*>(problem.grad_output), query, head);
-    if (q + kQueriesAhead < sizes.queries) {
-      reader.prefetch(query + kQueriesAhead, head);
-      __builtin_prefetch(gradient[kQueriesAhead]);
-      __builtin_prefetch(gradient[kQueriesAhead] + 64 / sizeof(Real));
+    if (q + queries_ahead < sizes.queries) {
+      reader.prefetch(query + queries_ahead, head);
+      __builtin_prefetch(gradient[queries_ahead]);
+      __builtin_prefetch(gradient[queries_ahead] + 64 / sizeof(Real));
     }
     if (!real) {
       heads.read(problem.grad_output, query, head, 1, Rows<Real>{row, 0});

@@ -27,7 +27,8 @@ struct Points {
 
   explicit Points(const Sizes& sizes)
       : count(sizes.levels * sizes.points),
-        padded((count + lanes - 1) / lanes * lanes),
+        // One vector at least, so that nobody need think of no points at all.
+        padded((std::max<int64_t>(count, 1) + lanes - 1) / lanes * lanes),
         reals_(padded * 16),
         indices_(padded * 6) {
     std::fill_n(reals_.data(), padded * 16, Real{0});

@@ -10,9 +10,9 @@ namespace {
 
 using namespace deformable_attention;
 
-constexpr int64_t most_grid_rows = 65535;  // blocks along y and along z
-constexpr int64_t most_points = 1 << 20;        // L P, see Group::point
-constexpr int64_t most_int32 = 0x7fffffff;
+constexpr int64_t most_grid_rows = 65535;   // blocks along y and along z
+constexpr int64_t most_points = 1 << 20;    // L P, see Group::point
+constexpr int64_t most_int32 = 0x7fffff00;  // steps of up to 256 beyond it end below 2^31
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -271,12 +271,14 @@ cudaError_t zero_gradients(const BackwardProblem& problem, cudaStream_t stream) 
 const char* cuda_limit(const Sizes& sizes) {
   if (sizes.levels > most_levels) return "there can be at most 32 levels";
   if (sizes.heads > most_grid_rows) return "there can be at most 65535 heads";
-  if (sizes.queries > most_int32) return "there can be at most 2^31 - 1 queries";
-  if (sizes.images > most_int32) return "there can be at most 2^31 - 1 images";
+  if (sizes.queries > most_int32) return "there can be at most 2^31 - 256 queries";
+  if (sizes.images > most_int32) return "there can be at most 2^31 - 256 images";
   if (sizes.tokens > 0 && sizes.heads * sizes.channels > most_int32 / sizes.tokens)
-    return "the value of one image can have at most 2^31 - 1 elements";
+    return "the value of one image can have at most 2^31 - 256 elements";
   if (sizes.levels > 0 && sizes.points > most_points / sizes.levels)
     return "there can be at most 2^20 points a query";
+  if (sizes.heads > 0 && sizes.points > most_int32 / sizes.heads)
+    return "all heads together can have at most 2^31 - 256 points a level";
   return nullptr;
 }
 

@@ -26,8 +26,8 @@ namespace efficient_detr::deformable_attention {
 
 inline constexpr int block_threads = 128;
 inline constexpr int elementwise_threads = 256;
-// Blocks that a multiprocessor must be able to hold, which bounds the registers: 64 forward, 102
-// backward (128 with doubles). Without it ptxas saves registers for more blocks and spills some.
+// Blocks that a multiprocessor must be able to hold, which bounds the registers: 72 forward, 128
+// backward (168 with doubles). Without it ptxas saves registers for more blocks and spills some.
 inline constexpr int forward_blocks = 7;
 template <class T>
 inline constexpr int backward_blocks = sizeof(T) == 8 ? 3 : 4;
@@ -161,9 +161,9 @@ struct LevelSizes {
 
 // What decides the unit of the deterministic sums.
 struct FixedPoint {
-  const unsigned long long* maxima;  // bits of max |grad_output| and of max |weight|, as Real
-  int32_t count_bits;                // log2, rounded up, of how many terms one sum may have
-  bool softmax;                      // the weights are at most 1, their maximum is not read
+  unsigned long long* maxima;  // bits of max |grad_output| and of max |weight|, as Real
+  int32_t count_bits;          // log2, rounded up, of how many terms one sum may have
+  bool softmax;                // the weights are at most 1; their maximum is 0, or 1 if one is NaN
 };
 
 template <class T>
@@ -293,6 +293,9 @@ class Group {
   int64_t row;            // (b, q, h)
   int64_t head_elements;  // where the rows of this image and head begin; the same for the block
 
+ protected:
+  Real maximum_ = 0, inverse_sum_ = 0;  // of the softmax; if one weight is NaN, all are
+
  private:
   __device__ __forceinline__ void prepare_softmax() {
     const Real* logits = arguments_.weights + row * points();
@@ -303,8 +306,6 @@ class Group {
     for (int k = lane; k < points(); k += G) sum += exponential(__ldg(logits + k) - maximum_);
     inverse_sum_ = 1 / group_sum<G>(sum);
   }
-
-  Real maximum_ = 0, inverse_sum_ = 0;  // of the softmax
 };
 
 // Walks along the points of a query, the same for all lanes of the warp, and knows their level.
@@ -435,7 +436,8 @@ __device__ __forceinline__ void add_to(double* to, double factor, const double (
 // four corners of a point at most one counts for a given token. The unit is the smallest that no sum
 // of so many such terms can overflow: with 2^17 terms, 2^-45 of the largest possible term, where a
 // float term itself is only good to 2^-24. Rounding to it is the one error of these sums.
-// If a maximum is not finite, neither is a sum, and the whole gradient becomes NaN.
+// If a maximum or the weight of a softmax is not finite, neither is a sum, and the whole gradient
+// becomes NaN.
 inline constexpr int not_finite = 1 << 20;
 
 __device__ __forceinline__ int exponent_above(unsigned long long bits, float) {
@@ -520,6 +522,9 @@ class BackwardGroup : public Group<T, V, G> {
       const int exponent = fixed_point_exponent<Real>(arguments.fixed_point);
       finite_ = exponent != not_finite;
       unit_ = power_of_two(finite_ ? exponent : 0, Real{});
+      // No integer stands for NaN, so the conversion of the sums has to be told.
+      if (this->fused() && !(this->inverse_sum_ > 0))
+        atomicMax(arguments.fixed_point.maxima + 1, 1ull);
     }
   }
 
@@ -685,8 +690,9 @@ __global__ void __launch_bounds__(elementwise_threads)
   double unit = 1;
   if constexpr (!std::is_floating_point_v<Sum>) {
     const int exponent = fixed_point_exponent<Real>(fixed_point);
-    unit = exponent == not_finite ? __longlong_as_double(0x7ff8000000000000ll)
-                                  : power_of_two(-exponent, double{});
+    const bool bad_weight = fixed_point.softmax && fixed_point.maxima[1] != 0;
+    unit = exponent == not_finite || bad_weight ? __longlong_as_double(0x7ff8000000000000ll)
+                                                : power_of_two(-exponent, double{});
   }
   const int64_t block = static_cast<int64_t>(blockIdx.x) * elementwise_threads;
 #pragma unroll

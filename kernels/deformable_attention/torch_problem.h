@@ -59,11 +59,13 @@ struct SamplingTensors {
   // (B, Q, L, 2 | 4), (B, Q, H, L, P, 2) and (B, Q, H, L, P).
   static SamplingTensors fused(const Tensor& reference, const Tensor& offsets,
                                const Tensor& logits) {
+    const int64_t size = reference.dim() > 0 ? reference.size(-1) : 0;
+    STD_TORCH_CHECK(size == 2 || size == 4, "reference must end in 2 or 4 numbers");
     SamplingTensors result{as_contiguous(offsets), as_contiguous(logits), as_contiguous(reference)};
     result.sampling.offsets = result.points.const_data_ptr();
     result.sampling.logits = result.weights.const_data_ptr();
     result.sampling.reference = result.reference.const_data_ptr();
-    result.sampling.reference_size = static_cast<int>(reference.size(-1));
+    result.sampling.reference_size = static_cast<int>(size);
     return result;
   }
 
@@ -99,9 +101,9 @@ inline Sizes sizes_of(const Tensor& value, const std::vector<Level>& levels,
   check_same_device(sampling.weights, value, weights_name);
   check_same_device(sampling.points, value, points_name);
   if (fused) {
-    const int size = sampling.sampling.reference_size;
-    STD_TORCH_CHECK(size == 2 || size == 4, "reference must end in 2 or 4 numbers");
-    check_shape(sampling.reference, {sizes.images, sizes.queries, sizes.levels, size}, "reference");
+    check_shape(sampling.reference,
+                {sizes.images, sizes.queries, sizes.levels, sampling.sampling.reference_size},
+                "reference");
     check_type(sampling.reference, real_type(value), "reference");
     check_same_device(sampling.reference, value, "reference");
   }

@@ -26,15 +26,16 @@ int64_t table_bytes(int64_t tokens) {
   return static_cast<int64_t>(sizeof(unsigned)) << table_bits(tokens);
 }
 
-bool table_fits_into_shared_memory(int64_t tokens) {
+// Bytes of shared memory that a table may take on the current device.
+int64_t most_table_bytes() {
   // Some of it is taken by the kernel's other variables.
-  constexpr int64_t reserved = 1024;
+  constexpr int reserved = 1024;
   int device = 0, shared = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
           cudaSuccess)
-    return false;
-  return table_bytes(tokens) + reserved <= shared;
+    return 0;
+  return std::max(shared - reserved, 0);
 }
 
 // How many clusters a block of the reduction takes. Every block reads all ids of its row: few
@@ -97,7 +98,7 @@ cudaError_t cuda_hash_keys(const HashProblem<Real>& problem, cudaStream_t stream
 }
 
 int64_t cuda_group_workspace(const GroupProblem& problem) {
-  if (table_fits_into_shared_memory(problem.tokens)) return 0;
+  if (table_bytes(problem.tokens) <= most_table_bytes()) return 0;
   return problem.images * problem.heads * table_bytes(problem.tokens);
 }
 
@@ -108,8 +109,11 @@ cudaError_t cuda_group_by_key(const GroupProblem& problem, void* workspace, cuda
   const bool in_shared = workspace == nullptr;
   const int64_t shared = in_shared ? table_bytes(problem.tokens) : 0;
   if (in_shared) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        group_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    // The limit belongs to the kernel, not to this launch. All callers set the same one, because a
+    // lower one could come between that of another thread and its launch.
+    const cudaError_t error =
+        cudaFuncSetAttribute(group_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most_table_bytes()));
     if (error != cudaSuccess) return error;
   }
   const int64_t threads = std::clamp<int64_t>(divided_up(problem.tokens, 32) * 32, 32, 1024);
@@ -120,6 +124,7 @@ cudaError_t cuda_group_by_key(const GroupProblem& problem, void* workspace, cuda
 
 cudaError_t cuda_count_members(const int64_t* ids, int64_t rows, int64_t tokens, int64_t clusters,
                                int64_t* counts, cudaStream_t stream) {
+  if (rows * clusters == 0) return cudaSuccess;
   const size_t bytes = static_cast<size_t>(rows * clusters) * sizeof(int64_t);
   const cudaError_t error = cudaMemsetAsync(counts, 0, bytes, stream);
   const int64_t blocks = divided_up(rows * tokens, elementwise_threads);

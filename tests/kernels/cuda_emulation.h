@@ -635,7 +635,9 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t = nullptr) {
-  if (bytes != 0) std::memset(address, value, bytes);
+  // CUDA does not promise what it makes of no address, even for no bytes.
+  if (address == nullptr) return cuda_emulation::report(cudaErrorInvalidValue);
+  std::memset(address, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,

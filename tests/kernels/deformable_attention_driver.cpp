@@ -40,6 +40,18 @@ struct Problem {
   }
 
   size_t bytes() const { return bytes_of(storage); }
+
+  // A tensor in `storage`; with the input `misaligned`, it is a view that begins one element behind
+  // a multiple of 16 bytes.
+  const void* stored(driver::Call& call, const std::string& name) const {
+    void* aligned = call.tensor<void>(name);
+    if (call.integer("misaligned") == 0 || aligned == nullptr) return aligned;
+    const size_t size = call.count_of(name, 1);
+    char* view = static_cast<char*>(driver::allocate(size + bytes()).data) + bytes();
+    std::memcpy(view, aligned, size);
+    return view;
+  }
+
   size_t real_bytes() const { return storage == Storage::Float64 ? 8 : 4; }
   int64_t queries() const { return sizes.images * sizes.queries; }
   int64_t outputs() const { return queries() * sizes.heads * sizes.channels; }
@@ -49,8 +61,8 @@ struct Problem {
 void forward(driver::Call& call) {
   const Problem problem(call);
   auto* output = call.output<char>("output", problem.outputs() * problem.bytes());
-  check(cuda_forward({problem.storage, problem.sizes, problem.sampling, call.tensor<void>("value"),
-                      output},
+  check(cuda_forward({problem.storage, problem.sizes, problem.sampling,
+                      problem.stored(call, "value"), output},
                      nullptr));
 }
 
@@ -61,8 +73,8 @@ void backward(driver::Call& call) {
       problem.storage,
       problem.sizes,
       problem.sampling,
-      call.tensor<void>("value"),
-      call.tensor<void>("grad_output"),
+      problem.stored(call, "value"),
+      problem.stored(call, "grad_output"),
       call.output<char>("grad_value", elements_of_value(problem.sizes) * problem.bytes()),
       call.output<char>("grad_points", problem.weights() * 2 * real),
       call.output<char>("grad_weights", problem.weights() * real),

@@ -46,6 +46,9 @@ void group(driver::Call& call) {
   if ((bytes != 0) != (call.integer("expect_workspace") != 0)) driver::fail("wrong workspace");
   const driver::Record workspace = driver::allocate(static_cast<size_t>(bytes));
   check(cuda_group_by_key(problem, workspace.data, nullptr));
+  // Were this to follow the size of the problem, threads with other sizes would get in the way.
+  for (const auto& [kernel, limit] : cuda_emulation::shared_limits)
+    call.output<int64_t>("shared_limit", 1)[0] = limit;
   int64_t clusters = capacity;
   if (capacity == 0)
     for (int64_t row = 0; row < rows; ++row)

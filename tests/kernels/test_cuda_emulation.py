@@ -43,6 +43,7 @@ class Problem:
     channels: int = 32
     points: int = 4
     reference_size: int = 0
+    misaligned: bool = False
     dtype: torch.dtype = torch.float32
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -73,6 +74,7 @@ class Problem:
         return {
             "storage": STORAGES.index(self.dtype),
             "spatial_shapes": torch.tensor(self.shapes),
+            "misaligned": int(self.misaligned),
             **{name: getattr(self, name) for name in sizes},
             **self.tensors,
         }
@@ -286,6 +288,28 @@ def test_deterministic_backward_does_not_hide_what_is_not_finite(
     assert problem.backward(driver, deterministic=True)["value"].eq(0).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_deterministic_backward_does_not_hide_a_softmax_that_fails(
+    driver: Driver, bad: float, dtype: torch.dtype
+) -> None:
+    """NaN becomes a number when it is turned into an integer. A logit of -inf is a weight of 0."""
+    problem = crowded(reference_size=2, dtype=dtype)
+    problem.tensors["logits"][0, 3, 0, 1, 2] = -math.inf
+    assert problem.backward(driver, deterministic=True)["value"].isfinite().all()
+    problem.tensors["logits"][0, 3, 0, 1, 2] = bad
+    assert problem.backward(driver, deterministic=True)["value"].isnan().all()
+
+
+# Views -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", STORAGES)
+def test_values_that_begin_anywhere(driver: Driver, dtype: torch.dtype) -> None:
+    """A contiguous view need not begin at a multiple of 16 bytes."""
+    _check(replace(SHAPES["last round not full"], dtype=dtype, misaligned=True).filled(), driver)
+
+
 # Nothing to do, and too much ---------------------------------------------------------------------
 
 
@@ -311,5 +335,5 @@ def test_too_large_an_image(driver: Driver) -> None:
     """2^15 x 2^11 tokens of 32 channels: refused by its sizes alone."""
     inputs = Problem([(1, 1)]).filled().inputs()
     inputs["spatial_shapes"] = torch.tensor([(2**15, 2**11)])
-    with pytest.raises(MisuseError, match=r"at most 2\^31 - 1 elements"):
+    with pytest.raises(MisuseError, match=r"at most 2\^31 - 256 elements"):
         driver("forward", inputs)

@@ -116,6 +116,25 @@ def test_group(
     assert tensor_from(results["counts"], counts.shape, torch.int64).equal(counts)
 
 
+def test_the_limit_of_shared_memory_is_the_same_for_all_sizes(driver: Driver) -> None:
+    """It belongs to the kernel: another thread may set it between ours and our launch."""
+    limits = []
+    for tokens in (1, 1100):
+        sizes = {"images": 1, "heads": 1, "tokens": tokens, "capacity": 0}
+        keys = torch.arange(tokens)
+        results = driver(
+            "group", {**sizes, "keys": keys, "shared_bytes": 64 * 1024, "expect_workspace": 0}
+        )
+        limits.append(int(tensor_from(results["shared_limit"], (1,), torch.int64)))
+    assert limits == [63 * 1024, 63 * 1024]  # 1 KB is left for variables
+
+
+def test_group_no_rows(driver: Driver) -> None:
+    sizes = {"images": 0, "heads": 2, "tokens": 5, "capacity": 3}
+    inputs = {**sizes, "keys": torch.empty(0), "shared_bytes": 1024, "expect_workspace": 0}
+    assert driver("group", inputs)["counts"] == b""
+
+
 @pytest.mark.parametrize("dtype", REALS)
 @pytest.mark.parametrize(("counted", "merged"), [(False, True), (True, False)])
 @pytest.mark.parametrize(
