@@ -149,9 +149,30 @@ def read_switches(environ: Mapping[str, str]) -> dict[str, str]:
     return wishes
 
 
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Looks for mistakes that no compiler is needed to see, while an earlier build still stands.
+
+    Raises:
+        SystemExit: if a switch or the quotation marks of a variable make no sense.
+    """
+    read_switches(environ)
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS"):
+        words_in(environ, name)
+
+
+def words_in(environ: Mapping[str, str], name: str) -> list[str]:
+    """Splits an environment variable as a shell would."""
+    text = environ.get(name, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        reason = f"{error}".lower()
+        raise SystemExit(f"error: {name} is {text!r}, which cannot be read: {reason}.") from None
+
+
 def allowed_flags(environ: Mapping[str, str], name: str) -> list[str]:
     """The flags in an environment variable, less those that would change results."""
-    flags = shlex.split(environ.get(name, ""))
+    flags = words_in(environ, name)
     for flag in filter(HARMFUL.fullmatch, flags):
         say(f"{name} holds {flag}, which is left out: results must not depend on the machine.")
     return [flag for flag in flags if not HARMFUL.fullmatch(flag)]
@@ -213,7 +234,7 @@ def find_compiler(environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """The C++ compiler and the flags that CXX adds to its name."""
     if sys.platform == "win32":
         raise NotBuilt("not possible", "the kernels need GCC or Clang, on Linux or macOS")
-    words = shlex.split(environ.get("CXX", ""))
+    words = words_in(environ, "CXX")
     if words and Path(words[0]).name in ("ccache", "sccache"):
         # torch puts them in front by itself, and takes all of CXX for the name of one program.
         words = words[1:]
@@ -223,6 +244,26 @@ def find_compiler(environ: Mapping[str, str]) -> tuple[str, list[str]]:
     if words:
         raise NotBuilt("not possible", f"CXX names {words[0]}, which cannot be found")
     raise NotBuilt("not possible", "no C++ compiler was found (on Debian: apt install g++)")
+
+
+def check_compiler(compiler: str, flags: list[str]) -> None:
+    """Has the C++ compiler preprocess a word, which is the least that it must be able to do."""
+    word = "preprocessed"
+    try:
+        finished = subprocess.run(
+            [compiler, *flags, "-E", "-x", "c++", "-"],
+            input=word,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        problem = f"{error.strerror or error}"
+    else:
+        if finished.returncode == 0 and word in finished.stdout:
+            return
+        problem = f"exit status {finished.returncode}, {first_error(finished.stderr)}"
+    raise NotBuilt("not possible", f"the C++ compiler {compiler} does not work: {problem}")
 
 
 def find_cuda(environ: Mapping[str, str], torch_cuda: str) -> tuple[Path, str]:
@@ -333,6 +374,7 @@ def architecture_flags(architectures: Iterable[str]) -> list[str]:
 def plan_job(root: Path, device: str, torch: Torch, environ: Mapping[str, str]) -> Job:
     """Puts together what is the same for both devices."""
     compiler, flags = find_compiler(environ)
+    check_compiler(compiler, flags)
     sources = find_sources(root, device)
     if not sources:
         raise NotBuilt("not possible", f"kernels/*/ holds no {' or '.join(SOURCES[device])}")
@@ -408,8 +450,14 @@ def job_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the compiling process."""
     # The scripts of an environment that is not activated: ninja may be there.
     path = [environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
-    changes = {"PATH": os.pathsep.join(path), "MAX_JOBS": str(job_limit(environ)), "LC_ALL": "C"}
-    return {**environ, **changes}
+    changes = {"PATH": os.pathsep.join(path), "MAX_JOBS": str(job_limit(environ))}
+    # Messages in English, for `first_error`, but characters as they are: Python cannot even start
+    # in an ASCII locale if the path of an editable installation holds others.
+    changes["LC_MESSAGES"] = "C"
+    characters = next(filter(None, map(environ.get, ("LC_ALL", "LC_CTYPE", "LANG"))), None)
+    if characters:
+        changes["LC_CTYPE"] = characters
+    return {**{name: value for name, value in environ.items() if name != "LC_ALL"}, **changes}
 
 
 def first_error(output: str) -> str:
@@ -488,6 +536,7 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         """Called by setuptools for wheels and for editable installations alike."""
+        check_environment(os.environ)
         in_place = bool(self.inplace or self.editable_mode)
         self.produced: list[str] = []
         folders = [Path(self.build_lib, *PACKAGE.split("."))]
@@ -596,6 +645,8 @@ def deliver(built: dict[str, Built], record: dict[str, Any], folder: Path) -> li
     for device, product in built.items():
         names.append(f"_kernels_{device}.abi3.so")
         record[device]["file"] = names[-1]
+        # To load half a file would end the process: the library compares before.
+        record[device]["sha256"] = hashlib.sha256(product.path.read_bytes()).hexdigest()
         temporary = folder / f"{names[-1]}.tmp"
         shutil.copyfile(product.path, temporary)
         temporary.replace(folder / names[-1])

@@ -1,10 +1,13 @@
 """The build of the compiled kernels: what it decides, what it leaves behind, what it says."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,29 @@ def test_switches_that_make_no_sense_are_refused() -> None:
         setup_kernels.read_switches(
             {"EFFICIENT_DETR_BUILD_KERNELS": "0", "EFFICIENT_DETR_BUILD_CUDA": "1"}
         )
+
+
+MISTAKES = [
+    ({"EFFICIENT_DETR_BUILD_KERNELS": "yes"}, "is 'yes'; it can be auto, 0 or 1"),
+    (
+        {"EFFICIENT_DETR_BUILD_KERNELS": "0", "EFFICIENT_DETR_BUILD_CUDA": "1"},
+        "unset one of the two",
+    ),
+    ({"CXX": "g++ '"}, r"error: CXX is \"g\+\+ '\", which cannot be read: no closing quotation\."),
+    ({"LDFLAGS": "-L\\"}, r"LDFLAGS is .*, which cannot be read: no escaped character\."),
+]
+
+
+@pytest.mark.parametrize(("environ", "sentence"), MISTAKES)
+def test_a_mistake_of_the_caller_costs_no_earlier_build(
+    package: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], sentence: str
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    earlier = files_of(package)
+    with pytest.raises(SystemExit, match=sentence):
+        run_command()
+    assert files_of(package) == earlier
 
 
 def test_flags_that_change_results_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +119,25 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     find_only(monkeypatch)
     with pytest.raises(NotBuilt, match="no C\\+\\+ compiler was found"):
         setup_kernels.find_compiler({})
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 3", "exit status 3, it said nothing"),
+        ("exit 0", "exit status 0, it said nothing"),  # --version succeeds with many a program
+        ("cat; echo 'error: no licence' >&2; exit 1", "exit status 1, error: no licence"),
+        (None, "Permission denied"),
+    ],
+)
+def test_a_compiler_that_does_not_work(tmp_path: Path, script: str | None, reason: str) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755 if script else 0o644)
+    with pytest.raises(NotBuilt) as outcome:
+        setup_kernels.check_compiler(str(compiler), [])
+    assert str(outcome.value) == f"the C++ compiler {compiler} does not work: {reason}"
+    assert outcome.value.state == "not possible"
 
 
 def make_toolkit(home: Path, release: str) -> None:
@@ -302,6 +347,7 @@ def test_an_editable_installation(
     assert record["torch"] == "2.13.0+cpu"
     assert record["cpu"]["state"] == "built"
     assert record["cpu"]["file"] == "_kernels_cpu.abi3.so"
+    assert record["cpu"]["sha256"] == hashlib.sha256(b"fresh").hexdigest()
     assert record["cuda"] == {"state": "not needed", "reason": str(NO_CUDA)}
     said = capsys.readouterr().err
     assert "CPU kernels built with g++ 12." in said
@@ -427,24 +473,54 @@ REAL = {
 }
 
 
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C.UTF-8"}, {"LANG": "C.UTF-8"}, {}])
+def test_the_compiling_process_reads_the_paths_that_this_one_reads(
+    tmp_path: Path, locale: dict[str, str]
+) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    text = f"{tmp_path / 'sp äö ü'}\n"
+    (packages / "__editable__.efficient_detr.pth").write_text(text, encoding="utf-8")
+
+    def starts(environ: dict[str, str]) -> bool:
+        command = [str(environment / "bin" / "python"), "-c", ""]
+        return subprocess.run(command, env=environ, capture_output=True).returncode == 0
+
+    names = {name for name in os.environ if name.startswith("LC_")} | {"LANG", "LANGUAGE"}
+    environ = {name: value for name, value in os.environ.items() if name not in names} | locale
+    if not starts(environ):
+        pytest.skip("there is no such locale")
+    assert starts(setup_kernels.job_environ(environ))
+
+
+def test_compilers_speak_english() -> None:
+    changed = setup_kernels.job_environ({"LC_ALL": "de_DE.UTF-8", "LANG": "fr_FR.UTF-8"})
+    assert "LC_ALL" not in changed, "which would overrule LC_MESSAGES"
+    assert changed["LC_MESSAGES"] == "C"
+    assert changed["LC_CTYPE"] == "de_DE.UTF-8"
+    assert "LC_CTYPE" not in setup_kernels.job_environ({})
+
+
 def test_a_header_is_compiled_again_when_it_changes_and_its_mistakes_are_reported(
     tmp_path: Path,
 ) -> None:
+    root = tmp_path / "sp äö ü"
     for name, text in REAL.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     try:
         setup_kernels.find_compiler(os.environ)
     except NotBuilt as reason:
         pytest.skip(str(reason))
-    built = setup_kernels.build_cpu(tmp_path, CPU_TORCH, os.environ)
+    built = setup_kernels.build_cpu(root, CPU_TORCH, os.environ)
     assert ctypes.CDLL(str(built.path)).counted() == 3
     assert "-O3" in built.entry["flags"]
 
-    header = tmp_path / "kernels/counting/counting.h"
+    header = root / "kernels/counting/counting.h"
     header.write_text("inline int count() { return four; }\n")
     with pytest.raises(NotBuilt, match=r"\(kernels/counting/counting.h:1:\d+: error: ") as outcome:
-        setup_kernels.build_cpu(tmp_path, CPU_TORCH, os.environ)
+        setup_kernels.build_cpu(root, CPU_TORCH, os.environ)
     assert outcome.value.log is not None
     assert "four" in outcome.value.log.read_text()
     assert not built.path.exists()

@@ -1,6 +1,7 @@
 """`python -m efficient_detr.info`: what is installed here and what would run."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ OPERATOR = "operator_of_test_info"
 @pytest.fixture(autouse=True)
 def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(library.ENVIRONMENT_VARIABLE, raising=False)
+    # Before a test adds an operator, which they would be found to lack from then on.
+    library.load()
 
 
 @pytest.fixture
-def operator() -> str:
-    if OPERATOR not in info.operator_names():
-        torch.library.define(f"{info.NAMESPACE}::{OPERATOR}", "(Tensor x) -> Tensor")
-    return OPERATOR
+def operator() -> Iterator[str]:
+    with torch.library._scoped_library(library.NAMESPACE, "FRAGMENT") as operators:
+        operators.define(f"{OPERATOR}(Tensor x) -> Tensor")
+        yield OPERATOR
 
 
 @pytest.fixture
@@ -85,12 +88,28 @@ def test_pytorch_by_wish_is_told_from_pytorch_by_need(
 
 
 def test_an_operator_newer_than_the_shared_object_is_noticed(
-    operator: str, monkeypatch: pytest.MonkeyPatch
+    nothing_built: Path, operator: str
 ) -> None:
-    monkeypatch.setattr(library, "choose", lambda device: "compiled")
+    built = Path(torch.__file__).parent / "lib"
+    (nothing_built / "_kernels_cpu.abi3.so").symlink_to(next(built.glob("libc10.*")))
     described = info.describe_operators()[operator]
-    assert described["runs"]["cpu"] == "fails"
-    assert "built from older sources" in described["why"]["cpu"]
+    assert described["built"] == []
+    assert described["runs"]["cpu"] == "pytorch"
+    assert "older sources, without " in described["why"]["cpu"]
+    assert operator in described["why"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"cpu": "built", "cuda": 3}', '{"cpu": {"state": "built", "flags": [1]}, "torch": 5}'],
+)
+def test_a_record_of_another_form_is_none(
+    nothing_built: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (nothing_built / "_kernels_build.json").write_text(content)
+    assert info.main([]) == 0
+    assert "the CPU kernels are not built: the package was not" in capsys.readouterr().out
+    assert info.collect()["build"] == {}
 
 
 def test_the_record_of_the_build_is_shown(nothing_built: Path) -> None:

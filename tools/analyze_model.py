@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import instantiate
 
-from efficient_detr.engine.checks import check_arguments, load_config
+from efficient_detr.engine.checks import check_arguments, check_operators, load_config
 from efficient_detr.errors import UserError
 from efficient_detr.evaluation import count_flops, count_parameters, describe_cost
 
@@ -57,6 +57,7 @@ def analyze(config_file: str, overrides: Sequence[str], height: int, width: int)
     """Build the model of a config and describe its cost on one image of the given size."""
     config = load_config(config_file, overrides)
     check_arguments(config)
+    check_operators(torch.device("cpu"))
     torch.manual_seed(0)
     model = instantiate(config.model).eval()
     image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8)}

@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ from efficient_detr.errors import UserError
 
 WRONG_RESULT_STATUS = 1
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
 
 
 @dataclass
@@ -74,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program name; None for the one of the process.
 
     Returns:
-        The exit status: 0, 1 after a wrong result, or 2 after an error that the user can put right.
+        The exit status: 0, 1 after a wrong result, 2 after an error that the user can put right,
+        130 after Ctrl-C.
     """
     arguments = parse(argv)
     try:
@@ -82,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"Error: {error}\n")
         return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted; --json holds the cases that were finished.\n")
+        return INTERRUPTED_STATUS
     for sentence in findings.wrong:
         sys.stderr.write(f"Wrong: {sentence}\n")
     return WRONG_RESULT_STATUS if findings.wrong else 0
@@ -147,6 +153,22 @@ def check(arguments: argparse.Namespace) -> None:
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1, not {number}.")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        check_writable(path)
+    if arguments.plot and arguments.plot.suffix != ".png":
+        raise UserError(f"--plot draws PNG files, so the name must end in .png: {arguments.plot}")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a result file that could not be written when everything has been measured."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def select(plans: Iterable[Plan], names: Sequence[str] | None) -> list[Plan]:

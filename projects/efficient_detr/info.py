@@ -25,7 +25,6 @@ import efficient_detr
 from efficient_detr import ops
 from efficient_detr.ops import library
 
-NAMESPACE = "efficient_detr"
 ENVIRONMENT_VARIABLES = (
     "EFFICIENT_DETR_OPS",
     "EFFICIENT_DETR_BUILD_KERNELS",
@@ -107,7 +106,7 @@ def operator_names() -> list[str]:
         if not module.name.startswith("_"):  # as the shared objects' names do
             importlib.import_module(f"{ops.__name__}.{module.name}")  # which defines its operators
     found = torch._C._dispatch_get_all_op_names()
-    prefix = f"{NAMESPACE}::"
+    prefix = f"{library.NAMESPACE}::"
     return sorted({name[len(prefix) :] for name in found if name.startswith(prefix)})
 
 
@@ -125,7 +124,7 @@ def describe_operators() -> dict[str, dict[str, Any]]:
     described = {}
     for name in operator_names():
         built = [device for device in library.DEVICES if _is_compiled(name, device)]
-        outcomes = {device.type: _outcome(device, device.type in built) for device in devices}
+        outcomes = {device.type: _outcome(device) for device in devices}
         described[name] = {
             "built": built,
             "runs": {device: runs for device, (runs, _) in outcomes.items()},
@@ -136,20 +135,18 @@ def describe_operators() -> dict[str, dict[str, Any]]:
 
 def _is_compiled(operator: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"{NAMESPACE}::{operator}", device_type.upper()
+        f"{library.NAMESPACE}::{operator}", device_type.upper()
     )
 
 
-def _outcome(device: torch.device, is_compiled: bool) -> tuple[str, str]:
-    """What runs on a device, and why it is not the compiled kernel."""
+def _outcome(device: torch.device) -> tuple[str, str]:
+    """What runs on a device, and why that is not the compiled kernels."""
     try:
         choice = library.choose(device)
     except (RuntimeError, ValueError) as error:
         return "fails", str(error)
     if choice == "compiled":
-        if is_compiled:
-            return choice, ""
-        return "fails", "the kernels are built from older sources, without this operator"
+        return choice, ""
     reason = library.missing_reason(device)
     return choice, reason or f"{library.ENVIRONMENT_VARIABLE}=pytorch"
 

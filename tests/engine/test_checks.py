@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from efficient_detr.engine.checks import check_config, check_dataset, load_config
 from efficient_detr.errors import UserError
+from efficient_detr.ops import library
 from tests.engine.tiny import write_project
 
 COMMON = Path(__file__).parents[2] / "configs" / "common"
@@ -240,6 +241,18 @@ def test_more_gpus_than_there_are(config_file: str, monkeypatch: pytest.MonkeyPa
     text = sentence(config_file, "train.device=cuda", num_gpus=3)
     assert text == "--num-gpus 3, but this machine has 2: use fewer."
     assert "are cuda:0 to cuda:1" in sentence(config_file, "train.device='cuda:2'")
+
+
+def test_an_implementation_that_does_not_exist(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "fast")
+    assert sentence(config_file).startswith("EFFICIENT_DETR_OPS is 'fast'; it can be auto,")
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "compiled")
+    monkeypatch.setattr(library, "_loader", library.KernelLoader(tmp_path))
+    assert "were asked for on cpu, but the CPU kernels are not built" in sentence(config_file)
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "pytorch")
+    check_config(load_config(config_file, []))
 
 
 def test_an_unknown_precision(config_file: str) -> None:

@@ -83,6 +83,9 @@ def test_fused_arguments_that_do_not_fit(
     ("shapes", "message"),
     [
         (torch.tensor([[4, 3], [2, 2]]), "list of pairs .* not a tensor"),
+        ([torch.tensor([4, 3]), torch.tensor([2, 2])], "convert a tensor once"),
+        ([(4.0, 3.0), (2.0, 2.0)], "pairs .* of integers"),
+        ([(4, 3, 1), (2, 2, 1)], "list of pairs"),
         ([], r"at least 1, but is \[\]"),
         ([(4, 4), (0, 2)], r"at least 1, but is \[\(4, 4\), \(0, 2\)\]"),
     ],

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -368,3 +370,25 @@ def test_onnx_export_uses_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -
         for fused in (False, True):
             Sampler(fused=fused, implementation=None)(*sampler_inputs())
     assert seen.calls == [] and bags == []
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev], ids=["grad", "jacrev"])
+def test_function_transforms_run_in_pytorch(transform: Callable[..., Any]) -> None:
+    value, shapes, locations, weights = arguments(SHAPES, channels=8)
+
+    def total(value: Tensor) -> Tensor:
+        return multi_scale_deformable_attention(value, shapes, locations, weights).sum()
+
+    leaf = value.clone().requires_grad_()
+    total(leaf).backward()
+    torch.testing.assert_close(transform(total)(value), leaf.grad)
+
+
+def test_forward_mode_is_refused_rather_than_zero() -> None:
+    value, shapes, locations, weights = arguments(SHAPES, channels=8)
+
+    def attend(value: Tensor) -> Tensor:
+        return multi_scale_deformable_attention(value, shapes, locations, weights)
+
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(attend, (value,), (value,))

@@ -1,5 +1,6 @@
 """Which implementation an operator uses, and what is said about it."""
 
+import hashlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import efficient_detr
 from efficient_detr.ops import library
 from efficient_detr.ops.library import KernelLoader
 
+NAMESPACE = "efficient_detr_test_library"
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 PACKAGE = Path(efficient_detr.__file__).parent
@@ -33,10 +35,18 @@ def write_record(folder: Path, **record: Any) -> None:
     (folder / "_kernels_build.json").write_text(json.dumps(record))
 
 
+def loader_in(folder: Path) -> KernelLoader:
+    """A loader for operators of which there are none, unless the test defines some."""
+    return KernelLoader(folder, NAMESPACE)
+
+
+def find_loadable() -> Path:
+    """A shared object that is sure to load, since torch has loaded it already."""
+    return next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
+
+
 def place_loadable(folder: Path, device: str = "cpu") -> None:
-    """Puts a shared object there that is sure to load, since torch has loaded it already."""
-    found = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
-    (folder / f"_kernels_{device}.abi3.so").symlink_to(found)
+    (folder / f"_kernels_{device}.abi3.so").symlink_to(find_loadable())
 
 
 def place_broken(folder: Path, device: str = "cpu") -> None:
@@ -51,14 +61,14 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
 
 def test_kernels_that_load_are_chosen(tmp_path: Path) -> None:
     place_loadable(tmp_path)
-    assert KernelLoader(tmp_path).choose(CPU, None) == "compiled"
+    assert loader_in(tmp_path).choose(CPU, None) == "compiled"
 
 
 def test_the_argument_beats_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place_loadable(tmp_path)
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "pytorch")
     assert loader.choose(CPU, None) == "pytorch"
     assert loader.choose(CPU, "compiled") == "compiled"
@@ -71,16 +81,16 @@ def test_a_wish_that_does_not_exist_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="the argument implementation is 'fast'; it can be auto"):
-        KernelLoader(tmp_path).choose(CPU, "fast")
+        loader_in(tmp_path).choose(CPU, "fast")
     monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="EFFICIENT_DETR_OPS is 'cuda'; it can be auto"):
-        KernelLoader(tmp_path).choose(CPU, None)
+        loader_in(tmp_path).choose(CPU, None)
 
 
 def test_forcing_absent_kernels_says_why_and_what_to_do(tmp_path: Path) -> None:
     write_record(tmp_path, cpu={"state": "not possible", "reason": "no C++ compiler was found"})
     with pytest.raises(RuntimeError) as failure:
-        KernelLoader(tmp_path).choose(CPU, "compiled")
+        loader_in(tmp_path).choose(CPU, "compiled")
     text = str(failure.value)
     assert "on cpu, but the CPU kernels are not built: no C++ compiler was found" in text
     assert "EFFICIENT_DETR_BUILD_KERNELS=1 pip install" in text
@@ -111,22 +121,37 @@ def test_each_reason_for_absence_is_a_sentence_of_its_own(tmp_path: Path, case: 
     if entry is not None:
         write_record(tmp_path, torch=torch.__version__, cpu=entry)
     with pytest.raises(RuntimeError, match=expected):
-        KernelLoader(tmp_path).choose(CPU, "compiled")
-    assert KernelLoader(tmp_path).choose(CPU, None) == "pytorch"
+        loader_in(tmp_path).choose(CPU, "compiled")
+    assert loader_in(tmp_path).choose(CPU, None) == "pytorch"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"cpu": null}'])
+NO_RECORDS = [
+    "",
+    "{",
+    "[]",
+    "[" * 100_000,
+    '{"cpu": null}',
+    '{"cpu": "built", "cuda": 3}',
+    '{"cpu": {"flags": [1]}}',
+    '{"cpu": {"state": ["built"]}}',
+    '{"cuda": {"architectures": "9.0"}}',
+    '{"cpu": {"state": "built"}, "torch": 5}',
+]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS)
 def test_an_unreadable_record_is_no_obstacle(tmp_path: Path, content: str) -> None:
     (tmp_path / "_kernels_build.json").write_text(content)
-    assert KernelLoader(tmp_path).choose(CPU, None) == "pytorch"
+    assert loader_in(tmp_path).build_record() == {}
+    assert loader_in(tmp_path).choose(CPU, None) == "pytorch"
     place_loadable(tmp_path)
-    assert KernelLoader(tmp_path).choose(CPU, None) == "compiled"
+    assert loader_in(tmp_path).choose(CPU, None) == "compiled"
 
 
 def test_built_for_another_torch(tmp_path: Path) -> None:
     place_broken(tmp_path)
     write_record(tmp_path, torch="9.9.9", cpu={"state": "built"})
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     assert loader.choose(CPU, None) == "pytorch"
     problem = loader.problem(CPU)
     assert "built for another torch: for 9.9.9, while this is " + torch.__version__ in problem
@@ -136,15 +161,47 @@ def test_built_for_another_torch(tmp_path: Path) -> None:
 def test_broken_with_the_same_torch(tmp_path: Path) -> None:
     place_broken(tmp_path)
     write_record(tmp_path, torch=torch.__version__, cpu={"state": "built"})
-    problem = KernelLoader(tmp_path).problem(CPU)
+    problem = loader_in(tmp_path).problem(CPU)
     assert re.fullmatch(r"the CPU kernels are built, but cannot be loaded \(.+\)", problem)
     assert str(tmp_path) not in problem
+
+
+@pytest.mark.parametrize(("kept", "loads"), [(None, True), (-1, False), (0, False)])
+def test_only_the_file_that_was_built_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int | None, loads: bool
+) -> None:
+    content = b"stands for a shared object"
+    digest = hashlib.sha256(content).hexdigest()
+    write_record(tmp_path, cpu={"state": "built", "sha256": digest})
+    (tmp_path / "_kernels_cpu.abi3.so").write_bytes(content[:kept])
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    problem = loader_in(tmp_path).problem(CPU)
+    assert bool(loaded) is loads
+    assert problem.startswith("" if loads else "the CPU kernels are built, but the file is damaged")
+
+
+def test_kernels_of_older_sources_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place_loadable(tmp_path)
+    with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as operators:
+        operators.define("old(Tensor x) -> Tensor")
+        operators.define("new(Tensor x) -> Tensor")
+        operators.impl("old", torch.neg, "CPU")
+        stale = loader_in(tmp_path)
+        assert [stale.choose(CPU, None) for _ in range(2)] == ["pytorch"] * 2
+        assert caplog.text.count("are built from older sources, without new; to build") == 1
+        with pytest.raises(RuntimeError, match="older sources, without new; to build them, run"):
+            stale.choose(CPU, "compiled")
+        operators.impl("new", torch.neg, "CPU")
+        assert loader_in(tmp_path).choose(CPU, None) == "compiled"
 
 
 def test_torch_may_be_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place_loadable(tmp_path)
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
-    problem = KernelLoader(tmp_path).problem(CPU)
+    problem = loader_in(tmp_path).problem(CPU)
     assert problem == "the compiled kernels need torch 2.11 or newer, and this is 2.10.1+cpu"
 
 
@@ -153,24 +210,24 @@ def test_a_torch_without_cuda_is_not_asked_to_load_cuda_kernels(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     place_loadable(tmp_path, "cuda")
-    assert "is built without CUDA" in KernelLoader(tmp_path).problem(CUDA)
+    assert "is built without CUDA" in loader_in(tmp_path).problem(CUDA)
 
 
 def test_cuda_kernels_for_another_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (9, 0))
     place_loadable(tmp_path, "cuda")
     write_record(tmp_path, torch_cuda="12.8", cuda={"state": "built", "architectures": ["9.0"]})
-    problem = KernelLoader(tmp_path).problem(CUDA)
+    problem = loader_in(tmp_path).problem(CUDA)
     assert problem.startswith("the CUDA kernels are built for another torch: for CUDA 12.8, while")
     write_record(tmp_path, torch_cuda="13.1", cuda={"state": "built", "architectures": ["9.0"]})
-    assert KernelLoader(tmp_path).problem(CUDA) == ""
+    assert loader_in(tmp_path).problem(CUDA) == ""
 
 
 def test_cuda_kernels_for_other_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (7, 5))
     place_loadable(tmp_path, "cuda")
     write_record(tmp_path, torch_cuda="13.0", cuda={"state": "built", "architectures": ["8.0"]})
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     assert loader.choose(CUDA, None) == "pytorch"
     expected = "the CUDA kernels are built for GPUs of capability 8.0, while Test GPU has 7.5"
     assert loader.problem(CUDA) == expected
@@ -203,7 +260,7 @@ def test_other_devices_have_no_kernels_and_need_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place_loadable(tmp_path)
-    assert KernelLoader(tmp_path).choose(torch.device("meta"), None) == "pytorch"
+    assert loader_in(tmp_path).choose(torch.device("meta"), None) == "pytorch"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -211,7 +268,7 @@ def test_a_missing_faster_implementation_is_warned_about_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_record(tmp_path, cpu={"state": "not possible", "reason": "no C++ compiler was found"})
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     with caplog.at_level(logging.INFO, logger=library.__name__):
         for device in (CPU, CPU, torch.device("cpu", 0)):
             loader.choose(device, None)
@@ -221,7 +278,7 @@ def test_a_missing_faster_implementation_is_warned_about_once(
 
 def test_what_was_chosen_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     place_loadable(tmp_path)
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     with caplog.at_level(logging.INFO, logger=library.__name__):
         for _ in range(3):
             loader.choose(CPU, None)
@@ -242,7 +299,7 @@ def test_many_threads_load_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         loaded.append(path)
 
     monkeypatch.setattr(torch.ops, "load_library", slow_load)
-    loader = KernelLoader(tmp_path)
+    loader = loader_in(tmp_path)
     choices: list[str] = []
     threads = [
         threading.Thread(target=lambda: choices.append(loader.choose(CPU, None))) for _ in range(8)
@@ -303,12 +360,32 @@ print(library.choose(torch.device("cpu")), "|", library.missing_reason(torch.dev
 """
 
 
-@pytest.mark.parametrize("state", ["absent", "broken"])
+OUTCOMES = {
+    "absent": "pytorch | the CPU kernels are not built",
+    "broken": "cannot be loaded",
+    # Loading it would end the process.
+    "truncated": "the file is damaged",
+    "foreign": "older sources, without cluster_broadcast, ",
+}
+
+
+def place_kernels(folder: Path, state: str) -> None:
+    if state == "broken":
+        place_broken(folder)
+    elif state == "truncated":
+        whole = find_loadable().read_bytes()
+        digest = hashlib.sha256(whole).hexdigest()
+        write_record(folder, torch=torch.__version__, cpu={"state": "built", "sha256": digest})
+        (folder / "_kernels_cpu.abi3.so").write_bytes(whole[:100_000])
+    elif state == "foreign":
+        place_loadable(folder)
+
+
+@pytest.mark.parametrize("state", OUTCOMES)
 def test_a_copy_without_working_kernels_runs_every_operator(tmp_path: Path, state: str) -> None:
     ignored = shutil.ignore_patterns("*.so", "_kernels_build.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "efficient_detr", ignore=ignored)
-    if state == "broken":
-        place_broken(tmp_path / "efficient_detr" / "ops")
+    place_kernels(tmp_path / "efficient_detr" / "ops", state)
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     finished = subprocess.run(
         [sys.executable, "-c", RUN_WITHOUT_KERNELS, str(tmp_path)],
@@ -319,5 +396,4 @@ def test_a_copy_without_working_kernels_runs_every_operator(tmp_path: Path, stat
     )
     assert finished.returncode == 0, finished.stderr
     assert "WARNING Operators on cpu use plain PyTorch, which is slower" in finished.stdout
-    expected = {"absent": "pytorch | the CPU kernels are not built", "broken": "cannot be loaded"}
-    assert expected[state] in finished.stdout.splitlines()[-1]
+    assert OUTCOMES[state] in finished.stdout.splitlines()[-1]

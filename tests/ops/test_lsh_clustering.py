@@ -756,8 +756,13 @@ def test_bad_input_is_named() -> None:
         hash_keys(points[..., :7], projections)
     with pytest.raises(ValueError, match=r"must be \(5,\)"):
         hash_keys(points, replace(projections, multipliers=distinct_multipliers(4)))
-    with pytest.raises(ValueError, match="above 0, but is 0"):
-        hash_keys(points, replace(projections, width=0.0))
+    for width in (0.0, -1.0, 1e-45, math.inf, math.nan):
+        with pytest.raises(ValueError, match="between 1e-06 and 1000000.0, but is"):
+            hash_keys(points, replace(projections, width=width))
+    with pytest.raises(ValueError, match="multipliers must be int64"):
+        hash_keys(points, replace(projections, multipliers=torch.ones(5)))
+    with pytest.raises(ValueError, match="points must be floating"):
+        hash_keys(points.int(), projections)
     keys = hash_keys(points, projections)
     with pytest.raises(ValueError, match="keys must be int64"):
         group_by_key(keys.int())
@@ -765,11 +770,15 @@ def test_bad_input_is_named() -> None:
         group_by_key(keys, torch.zeros(2, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match="one entry a token"):
         group_by_key(keys, torch.zeros(2, 10))
-    with pytest.raises(ValueError, match="capacity must be at least 1"):
+    with pytest.raises(ValueError, match="capacity must be an integer of at least 1"):
         group_by_key(keys, capacity=0)
     clusters = group_by_key(keys)
     with pytest.raises(ValueError, match="differ in B, H or N"):
         cluster_mean(points[:, :, :9], clusters.ids, clusters.counts)
+    with pytest.raises(ValueError, match="ids must be int64"):
+        cluster_broadcast(points, clusters.ids.int())
+    with pytest.raises(ValueError, match="must be floating"):
+        cluster_mean(points.int(), clusters.ids, clusters.counts)
     with pytest.raises(ValueError, match="counts must be"):
         cluster_mean(points, clusters.ids, clusters.counts[:1])
     with pytest.raises(ValueError, match=r"ids \(B, H, N\)"):

@@ -130,6 +130,36 @@ def test_bad_arguments_are_a_sentence(
     assert culprit in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--json", ".", "it is a folder"),
+        ("--json", "file/found.json", "cannot be written"),
+        ("--plot", "found.foo", "must end in .png"),
+    ],
+)
+def test_result_files_that_cannot_be_written_are_refused_first(
+    option: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert bench_kernels.main(["--small", option, str(tmp_path / name)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interruption_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_kernels, "benchmark", interrupt)
+    assert bench_kernels.main([]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main(["--device", "cuda", "--small"]) == 2

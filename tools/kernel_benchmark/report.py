@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,11 @@ from typing import Any
 import torch
 from kernel_benchmark.case import Comparison
 from kernel_benchmark.timing import Timing
+from matplotlib.figure import Figure
 from tabulate import tabulate
+
+from efficient_detr.files import replaced_file
+from efficient_detr.visualization.figures import save_figure
 
 
 @dataclass(frozen=True)
@@ -256,12 +259,10 @@ def _measurement_as_json(measured: Measurement) -> dict[str, Any]:
 def save_json(found: Mapping[str, Any], path: Path) -> None:
     """Writes the file as a whole: readers never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8"
-    ) as file:
-        # An error of infinity is no number to JSON.
-        json.dump(_without_infinity(found), file, indent=1, allow_nan=False)
-    os.replace(file.name, path)
+    # An error of infinity is no number to JSON.
+    text = json.dumps(_without_infinity(found), indent=1, allow_nan=False)
+    with replaced_file(path) as partial_path:
+        partial_path.write_text(text, encoding="utf-8")
 
 
 def _without_infinity(found: Any) -> Any:
@@ -274,17 +275,13 @@ def _without_infinity(found: Any) -> Any:
 
 def save_plot(rows: Iterable[Row], title: str, path: Path) -> None:
     """Draws the ratios as bars, with a tick where a ratio is required."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bars = [
         (row.comparison, ratio)
         for row in rows
         if (ratio := row.ratio) is not None and not row.comparison.is_part
     ]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
     places = range(len(bars))
     drawn = axes.barh(places, [ratio for _, ratio in bars], color="tab:blue")
     axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
@@ -298,8 +295,4 @@ def save_plot(rows: Iterable[Row], title: str, path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("time of the reference / time of ours; black: required")
     axes.set_title(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(unfinished, dpi=130)
-    pyplot.close(figure)
-    os.replace(unfinished, path)
+    save_figure(figure, path, dpi=130)

@@ -26,6 +26,7 @@ from efficient_detr.data.datasets import (
 )
 from efficient_detr.engine.trainer import AMP_DTYPES
 from efficient_detr.errors import UserError
+from efficient_detr.ops import library
 
 _ROOTS_OF_EVALUATION = ("model", "dataloader", "train")
 _ROOTS_OF_TRAINING = (*_ROOTS_OF_EVALUATION, "optimizer", "lr_multiplier")
@@ -230,7 +231,7 @@ def check_arguments(config: DictConfig) -> None:
 
 
 def check_device(config: DictConfig, num_gpus: int) -> None:
-    """Check ``train.device``, ``train.amp.dtype`` and the number of GPUs.
+    """Check ``train.device``, ``train.amp.dtype``, the number of GPUs and EFFICIENT_DETR_OPS.
 
     Raises:
         UserError: if this machine has not what they ask for.
@@ -258,6 +259,19 @@ def check_device(config: DictConfig, num_gpus: int) -> None:
     dtype = OmegaConf.select(config, "train.amp.dtype", default="bfloat16")
     if dtype not in AMP_DTYPES:
         raise UserError(f"train.amp.dtype={dtype} is unknown: use {' or '.join(AMP_DTYPES)}.")
+    check_operators(device)
+
+
+def check_operators(device: torch.device) -> None:
+    """Check that the implementation which EFFICIENT_DETR_OPS asks for exists on a device.
+
+    Raises:
+        UserError: if it does not.
+    """
+    try:
+        library.check(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(_line(error)) from error
 
 
 def check_init_checkpoint(config: DictConfig) -> None:

@@ -13,10 +13,13 @@ P points. Values may have any floating dtype; locations are read, and sums are k
 better, because rounding locations to half precision moves samples by up to a pixel.
 
 Each function runs a compiled operator where one was built for the device, and plain PyTorch
-elsewhere; `efficient_detr.ops.library.choose` decides. Both differentiate once, not twice.
+elsewhere; `efficient_detr.ops.library.choose` decides. Compiled, they differentiate once, in
+reverse mode; a second derivative is refused, forward mode and `torch.func` run in PyTorch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -126,7 +129,7 @@ def _check_value(value: Tensor, spatial_shapes: list[tuple[int, int]]) -> None:
         raise ValueError(
             f"value must be float32, float64, float16 or bfloat16, but is {value.dtype}"
         )
-    _check_is_no_tensor(spatial_shapes)
+    _check_are_pairs(spatial_shapes)
     if not spatial_shapes or any(height < 1 or width < 1 for height, width in spatial_shapes):
         raise ValueError(
             f"spatial_shapes must hold pairs (H_l, W_l) of at least 1, but is {spatial_shapes}"
@@ -138,13 +141,22 @@ def _check_value(value: Tensor, spatial_shapes: list[tuple[int, int]]) -> None:
         )
 
 
-def _check_is_no_tensor(spatial_shapes: object) -> None:
+def _check_are_pairs(spatial_shapes: object) -> None:
     """Other packages take a tensor here, whose numbers a GPU hands out slowly."""
-    if isinstance(spatial_shapes, Tensor):
+    if not isinstance(spatial_shapes, Sequence) or not all(map(_is_pair, spatial_shapes)):
         raise ValueError(
-            "spatial_shapes must be a list of pairs (H_l, W_l) of integers, not a tensor; convert "
-            "it once with .tolist()"
+            "spatial_shapes must be a list of pairs (H_l, W_l) of integers, not a tensor, but is "
+            f"{spatial_shapes}; convert a tensor once with .tolist()"
         )
+
+
+def _is_pair(shape: object) -> bool:
+    # While a graph is traced, sizes are not plain integers, but still serve as one.
+    return (
+        isinstance(shape, Sequence)
+        and len(shape) == 2
+        and all(hasattr(size, "__index__") for size in shape)
+    )
 
 
 def _check_companions(value: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -163,11 +175,11 @@ def _check_points(
     (points_name, points), (weights_name, weights) = points_and_weights.items()
     batch, _, heads, _ = value.shape
     levels = len(spatial_shapes)
-    fits = weights.dim() == 5 and points.shape == (*weights.shape, 2)
+    fits = weights.dim() == 5 and points.shape == (*weights.shape, 2) and weights.shape[4] > 0
     if not fits or (weights.shape[0], *weights.shape[2:4]) != (batch, heads, levels):
         raise ValueError(
             f"{points_name} and {weights_name} must be (B, Q, H, L, P, 2) and (B, Q, H, L, P) with "
-            f"B={batch}, H={heads}, L={levels}, but are {tuple(points.shape)} and "
+            f"B={batch}, H={heads}, L={levels} and P > 0, but are {tuple(points.shape)} and "
             f"{tuple(weights.shape)}"
         )
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efficient_detr.ops.contexts import needs_pytorch
+
 # The backward of embedding_bag sorts its rows, which pays for wide heads only. Measured on one core
 # against grid_sample, forward and backward, S = Q = 5600: D 64 four times as fast, D 32 1.3 times
 # (1.2 at S = Q = 22223, 1.6 with 900 queries), D 16 0.8 times. Without gradients the bag is faster
@@ -116,9 +118,8 @@ def softmax_over_points(attention_logits: Tensor) -> Tensor:
 
 
 def _is_bag_faster(value: Tensor, needs_gradient: bool) -> bool:
-    """GPUs have a fast grid_sample, and exported graphs keep the form that every runtime knows."""
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    if exporting or value.device.type != "cpu":
+    """GPUs have a fast grid_sample, and exports and transforms need the form that all know."""
+    if value.device.type != "cpu" or torch.compiler.is_exporting() or needs_pytorch():
         return False
     return not needs_gradient or value.shape[-1] >= _NARROWEST_HEAD_OF_BAG_WITH_GRADIENT
 

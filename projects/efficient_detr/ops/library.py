@@ -15,6 +15,7 @@ Nothing is loaded when this module is imported. `choose` is the one place that d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -26,8 +27,11 @@ from typing import Any, Literal, cast
 
 import torch
 
+from efficient_detr.ops.contexts import needs_pytorch
+
 Implementation = Literal["compiled", "pytorch"]
 
+NAMESPACE = "efficient_detr"
 ENVIRONMENT_VARIABLE = "EFFICIENT_DETR_OPS"
 DEVICES = ("cpu", "cuda")
 OLDEST_TORCH = (2, 11)
@@ -60,22 +64,28 @@ class KernelLibrary:
 
 
 class KernelLoader:
-    """Loads the shared objects in a folder, each at most once, from any thread."""
+    """Loads the shared objects in a folder, each at most once, from any thread.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where the shared objects and the record of the build are.
+        namespace: of the operators; each shared object must implement all of them.
+    """
+
+    def __init__(self, folder: Path, namespace: str = NAMESPACE) -> None:
         self.folder = folder
+        self.namespace = namespace
         self._lock = threading.RLock()
         self._libraries: dict[str, KernelLibrary] = {}
         self._choices: dict[tuple[str, int | None, str], Implementation] = {}
         self._announced: set[tuple[str, str]] = set()
 
     def build_record(self) -> dict[str, Any]:
-        """What the build left beside the package; empty if there was none or it is unreadable."""
+        """What the build left beside the package; empty if there is nothing of the right form."""
         try:
-            record = json.loads((self.folder / "_kernels_build.json").read_text())
-        except (OSError, ValueError):
+            record = json.loads((self.folder / "_kernels_build.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
-        return record if isinstance(record, dict) else {}
+        return record if _is_record(record) else {}
 
     def library(self, device_type: str) -> KernelLibrary:
         """Loads the shared object of a device type ("cpu" or "cuda") unless that has been tried."""
@@ -86,13 +96,15 @@ class KernelLoader:
 
     def _load(self, device_type: str) -> KernelLibrary:
         record = self.build_record()
-        entry = record.get(device_type) or {}
+        entry = record.get(device_type, {})
         path = self.folder / f"_kernels_{device_type}.abi3.so"
         exists = path.exists()
         problem = (
             _torch_problem(device_type, record)
             or ("" if exists else _absence(device_type, entry))
+            or _damage(path, device_type, entry)
             or _loading_problem(path, device_type, record)
+            or _gap(self.namespace, device_type)
         )
         return KernelLibrary(device_type, path, exists, not problem, problem, entry)
 
@@ -107,20 +119,20 @@ class KernelLoader:
 
     def choose(self, device: torch.device, implementation: str | None) -> Implementation:
         """See `choose`, the function."""
-        wanted = implementation or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        wanted = _wish(implementation)
         key = (device.type, device.index, wanted)
         choice = self._choices.get(key)
         if choice is None:
             with self._lock:
-                choice = self._choices[key] = self._decide(device, wanted, implementation)
+                choice = self._choices[key] = self._decide(device, wanted)
         return choice
 
-    def _decide(
-        self, device: torch.device, wanted: str, implementation: str | None
-    ) -> Implementation:
-        if wanted not in ("auto", "compiled", "pytorch"):
-            source = "the argument implementation" if implementation else ENVIRONMENT_VARIABLE
-            raise ValueError(f"{source} is {wanted!r}; it can be auto, compiled or pytorch.")
+    def check(self, device: torch.device) -> None:
+        """See `check`, the function."""
+        if _wish(None) == "compiled" and (problem := self.problem(device)):
+            raise RuntimeError(_refusal(device, problem))
+
+    def _decide(self, device: torch.device, wanted: str) -> Implementation:
         if wanted == "pytorch":
             self._announce(logging.INFO, device, "plain PyTorch, as asked for")
             return "pytorch"
@@ -129,10 +141,7 @@ class KernelLoader:
             self._announce(logging.INFO, device, "the compiled kernels")
             return "compiled"
         if wanted == "compiled":
-            raise RuntimeError(
-                f"The compiled kernels were asked for on {device.type}, but {problem}; "
-                f"{_remedy(device.type)}, or leave the choice to {ENVIRONMENT_VARIABLE}=auto."
-            )
+            raise RuntimeError(_refusal(device, problem))
         if device.type in DEVICES:
             text = f"plain PyTorch, which is slower, because {problem}; {_remedy(device.type)}"
             self._announce(logging.WARNING, device, text)
@@ -145,6 +154,39 @@ class KernelLoader:
         if (device.type, text) not in self._announced:
             self._announced.add((device.type, text))
             _logger.log(level, "Operators on %s use %s.", device.type, text)
+
+
+def _wish(implementation: str | None) -> str:
+    """The argument `implementation`, else what the environment says."""
+    wanted = implementation or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if wanted not in ("auto", "compiled", "pytorch"):
+        source = "the argument implementation" if implementation else ENVIRONMENT_VARIABLE
+        raise ValueError(f"{source} is {wanted!r}; it can be auto, compiled or pytorch.")
+    return wanted
+
+
+def _refusal(device: torch.device, problem: str) -> str:
+    return (
+        f"The compiled kernels were asked for on {device.type}, but {problem}; "
+        f"{_remedy(device.type)}, or leave the choice to {ENVIRONMENT_VARIABLE}=auto."
+    )
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a file holds what a build writes, as far as anybody relies on it."""
+    if not isinstance(found, dict):
+        return False
+    versions = (found.get(name) for name in ("torch", "torch_cuda"))
+    return all(version is None or isinstance(version, str) for version in versions) and all(
+        isinstance(entry, dict) and all(_is_noted(*noted) for noted in entry.items())
+        for entry in (found.get(device_type, {}) for device_type in DEVICES)
+    )
+
+
+def _is_noted(name: str, value: Any) -> bool:
+    if name in ("flags", "architectures", "output"):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def _remedy(device_type: str) -> str:
@@ -164,7 +206,7 @@ def _torch_problem(device_type: str, record: dict[str, Any]) -> str:
     if cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     built_for = record.get("torch_cuda")
-    state = (record.get("cuda") or {}).get("state")
+    state = record.get("cuda", {}).get("state")
     if state == "built" and built_for and built_for.split(".")[0] != cuda.split(".")[0]:
         return (
             f"the CUDA kernels are built for another torch: for CUDA {built_for}, while torch "
@@ -186,6 +228,38 @@ def _absence(device_type: str, entry: dict[str, Any]) -> str:
     if state == "built":
         return f"{kernels} were built, but the file is gone"
     return f"{kernels} are not built: the package was not installed by pip, or that was interrupted"
+
+
+def _damage(path: Path, device_type: str, entry: dict[str, Any]) -> str:
+    """Whether the file is the one that was built: loading a truncated one ends the process."""
+    expected = entry.get("sha256")
+    try:
+        if expected in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            return ""
+    except OSError as error:
+        return f"the {_LABELS[device_type]} kernels cannot be read ({error.strerror or error})"
+    return (
+        f"the {_LABELS[device_type]} kernels are built, but the file is damaged or replaced "
+        f"({path.name} is not what the build noted)"
+    )
+
+
+def _gap(namespace: str, device_type: str) -> str:
+    """Whether operators are still without a kernel, now that the shared object is loaded.
+
+    Whoever calls has imported `efficient_detr.ops`, and with it all operators have been defined.
+    """
+    defined = torch._C._dispatch_get_all_op_names()
+    missing = [
+        name.removeprefix(f"{namespace}::")
+        for name in sorted(defined)
+        if name.startswith(f"{namespace}::")
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
+    ]
+    if not missing:
+        return ""
+    kernels = f"the {_LABELS[device_type]} kernels"
+    return f"{kernels} are built from older sources, without {', '.join(missing)}"
 
 
 def _loading_problem(path: Path, device_type: str, record: dict[str, Any]) -> str:
@@ -253,14 +327,14 @@ def choose(device: torch.device, implementation: str | None = None) -> Implement
             which is "auto" unless set.
 
     Returns:
-        "compiled" if the kernels exist for this device and torch, and are not declined. While
-        `torch.onnx.export` runs always "pytorch": other runtimes do not know our operators.
+        "compiled" if the kernels exist for this device and torch, and are not declined; always
+        "pytorch" where `contexts.needs_pytorch` says so.
 
     Raises:
         ValueError: if the wish is none of the three.
         RuntimeError: if "compiled" is asked for and not possible.
     """
-    if torch.onnx.is_in_onnx_export():
+    if needs_pytorch():
         return "pytorch"
     return _loader.choose(device, implementation)
 
@@ -268,6 +342,16 @@ def choose(device: torch.device, implementation: str | None = None) -> Implement
 # What torch.compiler.assume_constant_result does, without importing the compiler, which takes
 # seconds. Locks, files and logging inside `choose` could not be traced.
 cast(Any, choose)._dynamo_marked_constant = True
+
+
+def check(device: torch.device) -> None:
+    """Raises what `choose` would raise on a device for what EFFICIENT_DETR_OPS says; logs nothing.
+
+    Raises:
+        ValueError: if EFFICIENT_DETR_OPS is none of auto, compiled and pytorch.
+        RuntimeError: if it is "compiled" and that is not possible.
+    """
+    _loader.check(device)
 
 
 def load() -> None:

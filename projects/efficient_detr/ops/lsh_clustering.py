@@ -37,6 +37,9 @@ from efficient_detr.ops import lsh_clustering_pytorch as in_pytorch
 from efficient_detr.ops.library import choose
 from efficient_detr.ops.lsh_clustering_library import OPERATORS
 
+# Beyond these, the quotients of directions and width leave the range of float32.
+_NARROWEST, _WIDEST = 1e-6, 1e6
+
 
 @dataclass(frozen=True)
 class HashProjections:
@@ -45,7 +48,7 @@ class HashProjections:
     Attributes:
         directions: (D, T) drawn from N(0, 1).
         bias: (T,) drawn from U(0, b).
-        width: of a cell, above 0, in units of the projected tokens.
+        width: of a cell, from 1e-6 to 1e6, in units of the projected tokens.
         multipliers: (T,) int64, see the module.
     """
 
@@ -173,7 +176,7 @@ def hash_keys(
         (B, H, N) int64 keys, all 64 bits of which count.
 
     Raises:
-        ValueError: if the shapes do not fit together or the width is not positive.
+        ValueError: if the shapes do not fit together or the width is out of range.
     """
     _check_projections(points, projections)
     dtype = _computing_dtype(points)
@@ -203,8 +206,7 @@ def group_by_key(
         padding_mask: (B, N) bool, True for tokens that belong to no cluster; None for no padding.
         capacity: the C of the result. Without it, C is the largest number of clusters in a row, at
             least 1, which depends on the data: a GPU has to hand that number to the host, which
-            waits for it, and `torch.compile` needs `capture_dynamic_output_shape_ops` to stay in
-            one graph. With it nobody waits. Cluster i of a row with more clusters than that is
+            waits for it. With it nobody waits. Cluster i of a row with more clusters than that is
             merged with cluster i modulo capacity: every token keeps a cluster, and the surplus is
             spread evenly. Compare `num_clusters` with it now and then.
         implementation: "compiled" or "pytorch"; None leaves the choice to `library.choose`.
@@ -286,7 +288,10 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _check_projections(points: Tensor, projections: HashProjections) -> None:
-    directions, rounds = projections.directions, projections.directions.shape[-1]
+    if not points.is_floating_point():
+        raise ValueError(f"points must be floating, but are {points.dtype}")
+    directions = projections.directions
+    rounds = directions.shape[-1] if directions.dim() else 0
     if points.dim() != 4 or directions.shape != (points.shape[-1], rounds):
         raise ValueError(
             "points must be (B, H, N, D) and directions (D, T), but are "
@@ -297,8 +302,13 @@ def _check_projections(points: Tensor, projections: HashProjections) -> None:
             f"bias and multipliers must be ({rounds},), a number for each column of the "
             f"directions, but are {_sizes(projections.bias)} and {_sizes(projections.multipliers)}"
         )
-    if not projections.width > 0:
-        raise ValueError(f"the width of a cell must be above 0, but is {projections.width}")
+    if not _NARROWEST <= projections.width <= _WIDEST:
+        raise ValueError(
+            f"the width of a cell must lie between {_NARROWEST} and {_WIDEST}, but is "
+            f"{projections.width}"
+        )
+    if projections.multipliers.dtype != torch.int64:
+        raise ValueError(f"multipliers must be int64, but are {projections.multipliers.dtype}")
 
 
 def _check_keys(keys: Tensor, padding_mask: Tensor | None, capacity: int | None) -> None:
@@ -311,11 +321,18 @@ def _check_keys(keys: Tensor, padding_mask: Tensor | None, capacity: int | None)
             f"padding_mask must be bool {(keys.shape[0], keys.shape[2])}, one entry a token, but "
             f"is {padding_mask.dtype} {_sizes(padding_mask)}"
         )
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1, but is {capacity}")
+    if capacity is not None and (not isinstance(capacity, int | torch.SymInt) or capacity < 1):
+        raise ValueError(f"capacity must be an integer of at least 1, but is {capacity}")
 
 
 def _check_rows(tensor: Tensor, ids: Tensor, counts: Tensor | None) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"points and prototypes must be floating, but are {tensor.dtype}")
+    for name, integers in (("ids", ids), ("counts", counts)):
+        if integers is not None and integers.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, but are {integers.dtype}")
+        if integers is not None and integers.device != tensor.device:
+            raise ValueError(f"{name} are on {integers.device}, but the rest on {tensor.device}")
     rows = tensor.shape[:2]
     if tensor.dim() != 4 or ids.dim() != 3 or ids.shape[:2] != rows:
         raise ValueError(
