@@ -354,29 +354,28 @@ void hash_keys(const HashProblem<Real>& problem, int64_t first_task, int64_t las
   hash_dispatched(problem, packed, cells.data(), first_task, last_task);
 }
 
-void group_by_key(const GroupProblem& problem, int64_t first_row, int64_t last_row) {
+void group_by_key(const GroupProblem& problem, int64_t* members, int64_t first_row,
+                  int64_t last_row) {
   IdTable table(problem.tokens);
   for (int64_t row = first_row; row < last_row; ++row) {
     const int64_t* keys = problem.keys + row * problem.tokens;
     int64_t* ids = problem.ids + row * problem.tokens;
+    int64_t* count = members + row * problem.tokens;
+    std::fill_n(count, problem.tokens, 0);
     const bool* padding =
         problem.padding ? problem.padding + row / problem.heads * problem.tokens : nullptr;
     table.next_row();
-    for (int64_t n = 0; n < problem.tokens; ++n)
+    for (int64_t n = 0; n < problem.tokens; ++n) {
       ids[n] = padding && padding[n] ? -1 : table.id_of(keys[n]);
+      if (ids[n] >= 0) ++count[ids[n]];
+    }
     problem.num_clusters[row] = table.size();
-    if (problem.capacity > 0 && table.size() > problem.capacity)
-      for (int64_t n = 0; n < problem.tokens; ++n)
-        if (ids[n] >= problem.capacity) ids[n] %= problem.capacity;
+    if (problem.capacity == 0 || table.size() <= problem.capacity) continue;
+    for (int64_t n = 0; n < problem.tokens; ++n)
+      if (ids[n] >= problem.capacity) ids[n] %= problem.capacity;
+    for (int64_t id = problem.capacity; id < table.size(); ++id)
+      count[id % problem.capacity] += count[id];
   }
-}
-
-void count_members(const int64_t* ids, int64_t tokens, int64_t clusters, int64_t* counts,
-                   int64_t first_row, int64_t last_row) {
-  std::fill(counts + first_row * clusters, counts + last_row * clusters, 0);
-  for (int64_t row = first_row; row < last_row; ++row)
-    for (int64_t n = 0; n < tokens; ++n)
-      if (ids[row * tokens + n] >= 0) ++counts[row * clusters + ids[row * tokens + n]];
 }
 
 template <class Real>

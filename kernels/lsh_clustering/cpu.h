@@ -15,12 +15,10 @@ int64_t hash_tasks(const HashProblem<Real>& problem);
 template <class Real>
 void hash_keys(const HashProblem<Real>& problem, int64_t first_task, int64_t last_task);
 
-// One task a row.
-void group_by_key(const GroupProblem& problem, int64_t first_row, int64_t last_row);
-
-// Members of each of the C clusters of a row, as (B, H, C); one task a row.
-void count_members(const int64_t* ids, int64_t tokens, int64_t clusters, int64_t* counts,
-                   int64_t first_row, int64_t last_row);
+// One task a row. `members` (B, H, N) receives how many tokens each cluster has; what follows the
+// last cluster of a row, or the capacity, means nothing.
+void group_by_key(const GroupProblem& problem, int64_t* members, int64_t first_row,
+                  int64_t last_row);
 
 // One task a row.
 template <class Real>

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../common/scratch.h"
 #include "cpu.h"
 #include "torch_problem.h"
 
@@ -32,17 +33,22 @@ std::tuple<Tensor, Tensor, Tensor> lsh_group(const Tensor& keys,
   const GroupTensors tensors(keys, padding_mask);
   const GroupProblem problem = tensors.problem(capacity);
   const int64_t rows = problem.images * problem.heads;
-  parallel_for(0, rows, 1,
-               [&](int64_t first, int64_t last) { group_by_key(problem, first, last); });
+  const Scratch<int64_t> members(rows * problem.tokens);
+  parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+    group_by_key(problem, members.data(), first, last);
+  });
   int64_t clusters = capacity.value_or(1);
   if (!capacity)
     for (int64_t row = 0; row < rows; ++row)
       clusters = std::max(clusters, problem.num_clusters[row]);
   const Tensor counts = tensors.new_counts(clusters);
-  int64_t* counts_data = static_cast<int64_t*>(counts.mutable_data_ptr());
-  parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
-    count_members(problem.ids, problem.tokens, clusters, counts_data, first, last);
-  });
+  auto* counts_data = static_cast<int64_t*>(counts.mutable_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t used = std::min(clusters, problem.num_clusters[row]);
+    int64_t* rest = std::copy_n(members.data() + row * problem.tokens, used,
+                                counts_data + row * clusters);
+    std::fill_n(rest, clusters - used, 0);
+  }
   return {tensors.ids, counts, tensors.num_clusters};
 }
 
