@@ -22,6 +22,7 @@ from typing import Any
 from fvcore.nn.jit_handles import batchnorm_flop_jit, elementwise_flop_counter, norm_flop_counter
 
 from efficient_detr.ops import deformable_attention_library as deformable_attention
+from efficient_detr.ops import lsh_clustering_library as lsh_clustering
 
 # Interpolation modes of aten::grid_sampler; 0 is bilinear.
 _NEAREST = 1
@@ -177,12 +178,12 @@ def _deformable_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 def _hashing(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Projection of points (B, H, N, D) to directions (D, T); finding cells is not counted."""
-    return prod(tensor_shape(inputs[0])) * tensor_shape(inputs[1])[1]
+    return lsh_clustering.hashing_multiply_adds(tensor_shape(inputs[0]), tensor_shape(inputs[1]))
 
 
 def _sum_of_rows(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Sums of the members of clusters: one addition an element of the points."""
-    return prod(tensor_shape(inputs[0]))
+    return lsh_clustering.reducing_additions(tensor_shape(inputs[0]))
 
 
 def _index_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from efficient_detr.ops import lsh_clustering_pytorch as in_pytorch
+from efficient_detr.ops.deformable_attention_pytorch import real_dtype
 from efficient_detr.ops.library import choose
 from efficient_detr.ops.lsh_clustering_library import OPERATORS
 
@@ -179,7 +180,7 @@ def hash_keys(
         ValueError: if the shapes do not fit together or the width is out of range.
     """
     _check_projections(points, projections)
-    dtype = _computing_dtype(points)
+    dtype = real_dtype(points.dtype)
     arguments = (
         points.detach().to(dtype),
         projections.directions.detach().to(dtype),
@@ -247,7 +248,7 @@ def cluster_mean(
     _check_rows(points, ids, counts)
     if points.shape[:3] != ids.shape:
         raise ValueError(f"points {_sizes(points)} and ids {_sizes(ids)} differ in B, H or N")
-    arguments = (points.to(_computing_dtype(points)), ids, counts.shape[2], counts)
+    arguments = (points.to(real_dtype(points.dtype)), ids, counts.shape[2], counts)
     if choose(points.device, implementation) == "compiled":
         return OPERATORS.cluster_reduce(*arguments).to(points.dtype)
     return in_pytorch.cluster_reduce(*arguments).to(points.dtype)
@@ -273,14 +274,10 @@ def cluster_broadcast(
         ValueError: if the shapes do not fit together.
     """
     _check_rows(prototypes, ids, None)
-    arguments = (prototypes.to(_computing_dtype(prototypes)), ids, None)
+    arguments = (prototypes.to(real_dtype(prototypes.dtype)), ids, None)
     if choose(prototypes.device, implementation) == "compiled":
         return OPERATORS.cluster_broadcast(*arguments).to(prototypes.dtype)
     return in_pytorch.cluster_broadcast(*arguments).to(prototypes.dtype)
-
-
-def _computing_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:

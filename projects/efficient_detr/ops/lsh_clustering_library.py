@@ -11,6 +11,8 @@ the other, to any order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -95,27 +97,25 @@ torch.library.register_autograd(
 )
 
 
-def lsh_hash_flops(points_shape: tuple[int, ...], directions_shape: tuple[int, ...]) -> int:
-    """FLOPs of `lsh_hash`, a multiply-add as two: 2 B H N D T; finding cells is not counted."""
-    images, heads, tokens, channels = points_shape
-    return 2 * images * heads * tokens * channels * directions_shape[1]
+def hashing_multiply_adds(points_shape: Sequence[int], directions_shape: Sequence[int]) -> int:
+    """Cost of `lsh_hash`: B H N D T to project; finding cells is not counted."""
+    return prod(points_shape) * directions_shape[1]
 
 
-def cluster_reduce_flops(points_shape: tuple[int, ...]) -> int:
-    """FLOPs of `cluster_reduce`: B H N D additions."""
-    images, heads, tokens, channels = points_shape
-    return images * heads * tokens * channels
+def reducing_additions(points_shape: Sequence[int]) -> int:
+    """Cost of `cluster_reduce`: one addition for each of the B H N D numbers."""
+    return prod(points_shape)
 
 
 # torch hands formulas the shapes of tensors, and all other arguments as they are.
 @register_flop_formula(OPERATORS.lsh_hash)
 def _(points: Any, directions: Any, *args: Any, **kwargs: Any) -> int:
-    return lsh_hash_flops(points, directions)
+    return 2 * hashing_multiply_adds(points, directions)  # as torch counts
 
 
 @register_flop_formula(OPERATORS.cluster_reduce)
 def _(points: Any, *args: Any, **kwargs: Any) -> int:
-    return cluster_reduce_flops(points)
+    return reducing_additions(points)
 
 
 @register_flop_formula([OPERATORS.lsh_group, OPERATORS.cluster_broadcast])
