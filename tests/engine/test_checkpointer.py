@@ -53,18 +53,24 @@ def one_sentence(error: pytest.ExceptionInfo[UserError], path: Path | str) -> No
     assert not re.search(r"\. [A-Z]", text)
 
 
-@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth"])
-@pytest.mark.parametrize("saver", ["pickle", "torch"])
-def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, name: str, saver: str) -> None:
-    trace, path = tmp_path / "trace", tmp_path / name
-    content = {"model": {"weight": Malicious(trace)}}
-    if saver == "pickle":
+def refusal(path: Path, content: Any, *, pickled: bool) -> pytest.ExceptionInfo[UserError]:
+    """Writes a file that is no checkpoint; the one sentence with which it is refused."""
+    if pickled:
         write_pickle(path, content)
     else:
         torch.save(content, path)
     with pytest.raises(UserError) as error:
         AtomicCheckpointer(nn.Linear(3, 2)).load(str(path))
     one_sentence(error, path)
+    return error
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth"])
+@pytest.mark.parametrize("saver", ["pickle", "torch"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, name: str, saver: str) -> None:
+    trace, path = tmp_path / "trace", tmp_path / name
+    content = {"model": {"weight": Malicious(trace)}}
+    error = refusal(path, content, pickled=saver == "pickle")
     if saver == "pickle" or name.endswith(".pth"):
         assert "refused" in str(error.value)
     assert not trace.exists()
@@ -122,13 +128,7 @@ def test_a_pickle_of_arrays_is_loaded(tmp_path: Path, wrap: Any, protocol: int) 
 )
 def test_a_file_without_weights_is_a_sentence(tmp_path: Path, content: Any, ending: str) -> None:
     path = tmp_path / f"other.{ending}"
-    if ending == "pkl":
-        write_pickle(path, content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(UserError) as error:
-        AtomicCheckpointer(nn.Linear(3, 2)).load(str(path))
-    one_sentence(error, path)
+    refusal(path, content, pickled=ending == "pkl")
 
 
 @pytest.mark.parametrize("ending", ["pth", "pkl"])
