@@ -54,6 +54,8 @@ lr_multiplier_12ep = step_schedule(epochs=12, decay_epochs=[11])
 lr_multiplier_24ep = step_schedule(epochs=24, decay_epochs=[20])
 lr_multiplier_36ep = step_schedule(epochs=36, decay_epochs=[30])
 lr_multiplier_50ep = step_schedule(epochs=50, decay_epochs=[40])
+lr_multiplier_300ep = step_schedule(epochs=300, decay_epochs=[200])
+lr_multiplier_500ep = step_schedule(epochs=500, decay_epochs=[400])
 
 # Detectron2's "3x": 270,000 iterations, decays 60,000 and 20,000 iterations before the end.
 lr_multiplier_3x = warmup_schedule(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from efficient_detr.boxes import xyxy_to_cxcywh
 from efficient_detr.errors import UserError
+from efficient_detr.model_compatibility import check_model
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.postprocessing import SigmoidTopK
+from efficient_detr.postprocessing import Postprocessor
 from efficient_detr.structures import Targets
 
 
@@ -29,6 +30,9 @@ class EfficientDETR(nn.Module):
         pixel_mean: mean of each channel, in the units of the input image (0 to 255).
         pixel_std: standard deviation of each channel.
         input_format: channel order of the input images, "RGB" or "BGR".
+
+    Raises:
+        ConfigError: if losses, postprocessor and detector do not fit together; it names both parts.
     """
 
     pixel_mean: Tensor
@@ -39,7 +43,7 @@ class EfficientDETR(nn.Module):
         *,
         detector: Detector,
         losses: Sequence[nn.Module],
-        postprocessor: SigmoidTopK,
+        postprocessor: Postprocessor,
         num_classes: int,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
@@ -54,6 +58,7 @@ class EfficientDETR(nn.Module):
         mean, std = torch.tensor(pixel_mean), torch.tensor(pixel_std)
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
+        check_model(self)
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
@@ -9,22 +12,19 @@ from efficient_detr.boxes import cxcywh_to_xyxy
 from efficient_detr.structures import SetPrediction, gather_tokens
 
 
-class SigmoidTopK(nn.Module):
-    """The best (query, class) pairs by sigmoid score; a query may appear with several classes.
+class Postprocessor(nn.Module):
+    """Interface: choose detections among the predictions."""
 
-    Args:
-        num_detections: detections an image, or all pairs if there are fewer.
-    """
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose N detections an image.
 
-    def __init__(self, *, num_detections: int = 300) -> None:
-        super().__init__()
-        self.num_detections = num_detections
+        Args:
+            logits: (B, Q, K) class logits.
 
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The best scores (B, N) of logits (B, Q, K) and their indices query * K + class."""
-        scores = logits.sigmoid().flatten(1)
-        best = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
-        return best.values, best.indices
+        Returns:
+            scores in (0, 1), query indices and classes, each (B, N).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define select")
 
     def forward(
         self, prediction: SetPrediction, image_sizes: list[tuple[int, int]]
@@ -36,17 +36,48 @@ class SigmoidTopK(nn.Module):
             image_sizes: (height, width) of the unpadded network inputs.
 
         Returns:
-            For each image `pred_boxes` in pixels of that input, `scores` in (0, 1), best first, and
+            For each image `pred_boxes` in pixels of that input, `scores` in (0, 1) and
             `pred_classes`.
         """
-        scores, indices = self.select(prediction.logits)
-        num_classes = prediction.logits.shape[-1]
-        boxes = gather_tokens(cxcywh_to_xyxy(prediction.boxes), indices // num_classes)
-        classes = indices % num_classes
+        scores, queries, classes = self.select(prediction.logits)
+        boxes = gather_tokens(cxcywh_to_xyxy(prediction.boxes), queries)
         return [
             to_instances(boxes[image], scores[image], classes[image], size)
             for image, size in enumerate(image_sizes)
         ]
+
+
+class SigmoidTopK(Postprocessor):
+    """The best (query, class) pairs by sigmoid score; a query may appear with several classes.
+
+    Args:
+        num_detections: detections an image, or all pairs if there are fewer.
+    """
+
+    background_classes: ClassVar[int] = 0
+
+    def __init__(self, *, num_detections: int = 300) -> None:
+        super().__init__()
+        self.num_detections = num_detections
+
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Postprocessor`; best first."""
+        scores = logits.sigmoid().flatten(1)
+        best = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
+        num_classes = logits.shape[-1]
+        return best.values, best.indices // num_classes, best.indices % num_classes
+
+
+class SoftmaxBestClass(Postprocessor):
+    """Every query with its most probable class; the last class stands for "no object" (DETR)."""
+
+    background_classes: ClassVar[int] = 1
+
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Postprocessor`; in the order of the queries."""
+        scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+        queries = torch.arange(logits.shape[1], device=logits.device)
+        return scores, queries.expand_as(classes), classes
 
 
 def to_instances(

@@ -40,6 +40,7 @@ class ActiveTokens:
         features: (B, N, C) token features.
         positions: (B, N, C) position embeddings.
         reference_points: (B, N, L, 2) points (x, y), scaled by the valid ratio of each level.
+        padding_mask: (B, N) bool, True on padding and on rows that fill up a smaller selection.
         foreground_logits: (B, N) score of the token selection, or None if all tokens are active.
         object_scores: (B, N) ranking used by object self-attention, or None.
     """
@@ -47,6 +48,7 @@ class ActiveTokens:
     features: Tensor
     positions: Tensor
     reference_points: Tensor
+    padding_mask: Tensor
     foreground_logits: Tensor | None = None
     object_scores: Tensor | None = None
 
@@ -60,6 +62,7 @@ class FeatureTokens:
         positions: (B, S, C) position embeddings.
         padding_mask: (B, S) bool, True on padding.
         spatial_shapes: (H_l, W_l) of each level.
+        image_sizes: (B, 2) unpadded (width, height) of the network input, in pixels.
         valid_ratios: (B, L, 2) unpadded fraction (width, height) of each level, in (0, 1].
         reference_points: (B, S, L, 2) token centres (x, y) as seen from each level; above 1 on
             padding.
@@ -69,6 +72,7 @@ class FeatureTokens:
     positions: Tensor
     padding_mask: Tensor
     spatial_shapes: SpatialShapes
+    image_sizes: Tensor
     valid_ratios: Tensor
     reference_points: Tensor
 
@@ -92,14 +96,22 @@ class FeatureTokens:
 
     def all_active(self) -> ActiveTokens:
         """Every token, to be updated by a layer."""
-        return ActiveTokens(self.features, self.positions, self.reference_points)
+        return ActiveTokens(self.features, self.positions, self.reference_points, self.padding_mask)
 
-    def gather(self, indices: Tensor) -> ActiveTokens:
-        """The tokens at `indices` (B, N), in that order."""
+    def gather(self, indices: Tensor, counts: Tensor) -> ActiveTokens:
+        """The tokens at `indices` (B, N), in that order.
+
+        Args:
+            indices: (B, N) token indices.
+            counts: (B,) number of leading rows of each image that belong to it; later rows fill up
+                the batch and are marked as padding.
+        """
+        rows = torch.arange(indices.shape[1], device=indices.device)
         return ActiveTokens(
             gather_tokens(self.features, indices),
             gather_tokens(self.positions, indices),
             gather_tokens(self.reference_points, indices),
+            gather_tokens(self.padding_mask, indices) | (rows >= counts[:, None]),
         )
 
     def scatter(self, indices: Tensor, features: Tensor, counts: Tensor) -> FeatureTokens:
@@ -150,10 +162,18 @@ class TokenSelection:
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """Refined tokens (the memory of the decoder) and the selection that led to them."""
+    """Refined tokens and the selection that led to them.
+
+    Attributes:
+        memory: the tokens that the decoder attends to.
+        selection: the token selection, or None if every token is updated.
+        layer_features: for each layer of an encoder with a selection the updated tokens
+            (B, N_i, C), in the order of the selection's indices; else empty.
+    """
 
     memory: FeatureTokens
     selection: TokenSelection | None = None
+    layer_features: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -178,10 +198,13 @@ class SetPrediction:
     Attributes:
         logits: (B, Q, K) class logits.
         boxes: (B, Q, 4) boxes (cx, cy, w, h) in [0, 1].
+        class_agnostic: the classifier only tells objects from background, in class 0; it is
+            supervised with label 0 for every box.
     """
 
     logits: Tensor
     boxes: Tensor
+    class_agnostic: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,14 +231,17 @@ class Queries:
 
     Attributes:
         content: (B, Q, C) content embeddings.
-        reference_boxes: (B, Q, 4) start boxes (cx, cy, w, h) in [0, 1], without gradient.
+        position: (B, Q, C) position embeddings, or None where they follow from the references.
+        reference_boxes: (B, Q, 4) start boxes (cx, cy, w, h) or (B, Q, 2) start points (x, y), in
+            [0, 1], or None.
         attention_mask: (Q, Q) bool, True where self-attention is blocked, or None.
-        proposal: encoder predictions of the selected proposals, or None for learned queries.
+        proposal: encoder predictions to be supervised, or None for learned queries.
         denoising: layout of the leading denoising queries, or None outside training.
     """
 
     content: Tensor
-    reference_boxes: Tensor
+    position: Tensor | None = None
+    reference_boxes: Tensor | None = None
     attention_mask: Tensor | None = None
     proposal: SetPrediction | None = None
     denoising: DenoisingGroups | None = None
@@ -228,23 +254,28 @@ class DecoderOutput:
     Attributes:
         logits: (layers, B, Q, K) class logits.
         boxes: (layers, B, Q, 4) boxes (cx, cy, w, h) in [0, 1].
-        references: (layers, B, Q, 4) boxes that each layer hands to the next, with gradient.
+        references: (layers, B, Q, 4|2) what each layer hands to the next, or None without any.
+        token_attention: (B, S) attention that each token got from all queries, heads and layers,
+            or None unless the decoder maps it.
     """
 
     logits: Tensor
     boxes: Tensor
-    references: Tensor
+    references: Tensor | None = None
+    token_attention: Tensor | None = None
 
     def layer(self, index: int) -> SetPrediction:
         """Predictions of one layer."""
         return SetPrediction(self.logits[index], self.boxes[index])
 
-    def split_queries(self, count: int) -> tuple[DecoderOutput, DecoderOutput]:
-        """The first `count` queries and the rest."""
-        fields = (self.logits, self.boxes, self.references)
-        return (
-            DecoderOutput(*(field[:, :, :count] for field in fields)),
-            DecoderOutput(*(field[:, :, count:] for field in fields)),
+    def queries(self, part: slice) -> DecoderOutput:
+        """Predictions of some of the queries; the attention of the tokens stays that of all."""
+        references = None if self.references is None else self.references[:, :, part]
+        return dataclasses.replace(
+            self,
+            logits=self.logits[:, :, part],
+            boxes=self.boxes[:, :, part],
+            references=references,
         )
 
 
@@ -254,19 +285,24 @@ class DetectorOutput:
 
     Attributes:
         decoder: predictions of the matching queries after each decoder layer.
-        spatial_shapes: (H_l, W_l) of the token levels.
-        proposal: encoder predictions of the selected proposals, or None.
+        memory: the tokens that the decoder attended to.
+        proposal: encoder predictions of proposals, or None.
+        encoder_layers: predictions from the tokens that each encoder layer but the last updated, in
+            training of a detector with encoder heads; else empty.
         denoising: predictions of the denoising queries, or None outside training.
         denoising_groups: their layout, or None.
         selection: the token selection of the encoder, or None if every token is updated.
+        student: what the same weights predict with clustered attention, in distillation; else None.
     """
 
     decoder: DecoderOutput
-    spatial_shapes: SpatialShapes
+    memory: FeatureTokens
     proposal: SetPrediction | None = None
+    encoder_layers: list[SetPrediction] = dataclasses.field(default_factory=list)
     denoising: DecoderOutput | None = None
     denoising_groups: DenoisingGroups | None = None
     selection: TokenSelection | None = None
+    student: DecoderOutput | None = None
 
     @property
     def prediction(self) -> SetPrediction:

@@ -1,6 +1,7 @@
 """DINO as a LazyConfig: every size is an argument, every part a node that a config can replace."""
 
 from detectron2.config import LazyCall as L
+from torch import nn
 
 from efficient_detr.losses import FocalClassCost, FocalClassLoss, HungarianMatcher, SetLoss
 from efficient_detr.meta_arch import EfficientDETR
@@ -16,8 +17,13 @@ from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.layers import FeedForward
 from efficient_detr.modeling.neck import ChannelMapper
 from efficient_detr.modeling.position import SinePositionEmbedding
-from efficient_detr.modeling.queries import ContrastiveDenoising, ProposalHead, TwoStageQueries
-from efficient_detr.modeling.tokenizer import FeatureTokenizer
+from efficient_detr.modeling.queries import (
+    ContrastiveDenoising,
+    LearnedContentQueries,
+    ProposalHead,
+)
+from efficient_detr.modeling.refinement import LookForwardTwice
+from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
 from efficient_detr.postprocessing import SigmoidTopK
 
 from ..data.constants import constants
@@ -69,7 +75,7 @@ def dino(
                 num_levels=num_levels,
                 num_groups=num_groups,
             ),
-            tokenizer=L(FeatureTokenizer)(
+            tokenizer=L(LevelFeatureTokenizer)(
                 position_embedding=L(SinePositionEmbedding)(
                     channels=channels, temperature=temperature, offset=position_offset
                 ),
@@ -91,7 +97,7 @@ def dino(
                 channels=channels,
                 head=L(PredictionHead)(channels=channels, num_classes="${....num_classes}"),
             ),
-            queries=L(TwoStageQueries)(num_queries=num_queries, channels=channels),
+            queries=L(LearnedContentQueries)(num_queries=num_queries, channels=channels),
             denoising=L(ContrastiveDenoising)(
                 num_classes="${...num_classes}",
                 channels=channels,
@@ -114,7 +120,8 @@ def dino(
                     for _ in range(decoder_layers)
                 ],
                 query_position=L(BoxQueryPosition)(channels=channels),
-                channels=channels,
+                refinement=L(LookForwardTwice)(),
+                norm=L(nn.LayerNorm)(normalized_shape=channels),
             ),
         ),
         losses=[

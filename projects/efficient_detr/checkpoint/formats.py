@@ -63,7 +63,7 @@ def detrex(decoder_layers: int) -> list[KeyRule]:
         ),
         KeyRule(
             _ENCODER + r"attentions\.0\.attn\.",
-            _OUR_ENCODER + "object_attention.attention.attention.",
+            _OUR_ENCODER + "object_attention.attention.",
         ),
         KeyRule(_ENCODER + r"norm2\.", _OUR_ENCODER + "object_attention.norm."),
         *_deformable(_ENCODER + r"attentions\.[01]\.", _OUR_ENCODER + "attention."),
@@ -74,7 +74,7 @@ def detrex(decoder_layers: int) -> list[KeyRule]:
         KeyRule(r"transformer\.enc_output\.", "detector.proposals.projection."),
         KeyRule(r"transformer\.tgt_embed\.weight", "detector.queries.content"),
         KeyRule(r"label_enc\.", "detector.denoising.label_embedding."),
-        KeyRule(_DECODER + r"attentions\.0\.attn\.", _OUR_DECODER + "self_attention.attention."),
+        KeyRule(_DECODER + r"attentions\.0\.attn\.", _OUR_DECODER + "self_attention."),
         *_deformable(_DECODER + r"attentions\.1\.", _OUR_DECODER + "cross_attention."),
         *_feedforward(_DECODER, _OUR_DECODER),
         KeyRule(_DECODER + r"norms\.0\.", _OUR_DECODER + "self_attention_norm."),

@@ -54,7 +54,7 @@ class TokenStatistics:
         """Adds the images of one batch."""
         batch = len(output.prediction.logits)
         self.images += batch
-        self.tokens += batch * sum(height * width for height, width in output.spatial_shapes)
+        self.tokens += batch * sum(height * width for height, width in output.memory.spatial_shapes)
         if output.selection is not None:
             kept = output.selection.kept_tokens().sum(1).tolist()
             self.kept.update(dict(enumerate(kept)))

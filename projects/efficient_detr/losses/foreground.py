@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from efficient_detr.boxes import cxcywh_to_xyxy
 from efficient_detr.errors import ConfigError
+from efficient_detr.losses.interface import DetectorLoss
+from efficient_detr.modeling.detector import Detector
 from efficient_detr.structures import DetectorOutput, SpatialShapes, Targets
+
+NO_SELECTION = (
+    "ForegroundLoss supervises a token selection, but model.detector.selection is not set: remove "
+    "the loss from model.losses or add a selection"
+)
 
 
 class SideDistanceForeground(nn.Module):
@@ -127,7 +134,7 @@ def _check_shapes(spatial_shapes: SpatialShapes, strides: Sequence[int]) -> None
         )
 
 
-class ForegroundLoss(nn.Module):
+class ForegroundLoss(DetectorLoss):
     """`loss_foreground`: focal loss of the token scores, padding counting as background.
 
     Args:
@@ -136,6 +143,8 @@ class ForegroundLoss(nn.Module):
         alpha: weight of positives, in (0, 1).
         gamma: focusing exponent.
     """
+
+    supervises_selection = True
 
     def __init__(
         self,
@@ -151,6 +160,18 @@ class ForegroundLoss(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
+    def check_detector(self, detector: Detector) -> None:
+        """Refuse a detector without selection, or with another number of levels."""
+        if detector.selection is None:
+            raise ConfigError(NO_SELECTION)
+        if len(self.labels.strides) != detector.neck.num_levels:
+            raise ConfigError(
+                f"{type(self.labels).__name__} of ForegroundLoss has strides for "
+                f"{len(self.labels.strides)} levels, but detector.neck "
+                f"({type(detector.neck).__name__}) gives {detector.neck.num_levels}: give a stride "
+                "for each level"
+            )
+
     def forward(self, output: DetectorOutput, targets: list[Targets]) -> dict[str, Tensor]:
         """Mean over images of the summed loss divided by the image's foreground tokens.
 
@@ -158,14 +179,11 @@ class ForegroundLoss(nn.Module):
             ConfigError: if the detector selects no tokens.
         """
         if output.selection is None:
-            raise ConfigError(
-                "ForegroundLoss supervises a token selection, but model.detector.selection is not "
-                "set: remove the loss from model.losses or add a selection"
-            )
+            raise ConfigError(NO_SELECTION)
         logits = torch.cat(output.selection.level_logits, dim=1).float()  # (B, S)
         losses = []
         for image_logits, target in zip(logits, targets, strict=True):
-            labels = torch.cat(self.labels(output.spatial_shapes, target)).float()
+            labels = torch.cat(self.labels(output.memory.spatial_shapes, target)).float()
             loss = sigmoid_focal_loss(image_logits, labels, self.alpha, self.gamma, "sum")
             losses.append(loss / labels.sum().clamp(min=1))
         return {"loss_foreground": self.weight * torch.stack(losses).mean()}

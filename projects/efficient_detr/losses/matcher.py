@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ class FocalClassCost(nn.Module):
         gamma: focusing exponent.
     """
 
+    background_classes: ClassVar[int] = 0
+
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0) -> None:
         super().__init__()
         self.alpha = alpha
@@ -34,6 +38,16 @@ class FocalClassCost(nn.Module):
         positive = self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-8).log()
         negative = (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-8).log()
         return (positive - negative)[:, labels]
+
+
+class SoftmaxClassCost(nn.Module):
+    """Cost of a class under the softmax: minus its probability (DETR, equation 1)."""
+
+    background_classes: ClassVar[int] = 1
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(Q, T) cost of giving each query (logits (Q, K + 1)) each of the labels (T,)."""
+        return -logits.softmax(-1)[:, labels]
 
 
 class HungarianMatcher(nn.Module):

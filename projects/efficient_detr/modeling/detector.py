@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from efficient_detr.errors import ConfigError
+from efficient_detr.modeling.compatibility import check_parts
 from efficient_detr.modeling.decoder import TransformerDecoder
-from efficient_detr.modeling.encoder import DualAttentionEncoderLayer, TransformerEncoder
+from efficient_detr.modeling.encoder_heads import EncoderLayerHeads
 from efficient_detr.modeling.neck import ChannelMapper
-from efficient_detr.modeling.queries import ContrastiveDenoising, ProposalHead, TwoStageQueries
-from efficient_detr.modeling.selection import ForegroundTokenSelector
+from efficient_detr.modeling.queries import ContrastiveDenoising, ProposalHead, QuerySource
+from efficient_detr.modeling.selection import TokenSelector
 from efficient_detr.modeling.tokenizer import FeatureTokenizer
-from efficient_detr.structures import DetectorOutput, Targets
+from efficient_detr.structures import (
+    DetectorOutput,
+    EncoderOutput,
+    FeatureTokens,
+    Proposals,
+    SetPrediction,
+    Targets,
+)
 
 
 class Detector(nn.Module):
@@ -23,10 +29,12 @@ class Detector(nn.Module):
         neck: feature maps -> maps of one width.
         tokenizer: maps -> tokens.
         encoder: refines tokens.
-        proposals: predicts classes and a box from every token.
-        queries: proposals -> decoder queries.
+        queries: memory and proposals -> decoder queries.
         decoder: queries -> predictions.
+        proposals: predicts classes and a box from every token, or None without two stages. A
+            selection of tokens needs its transform, without two stages too.
         selection: which tokens the encoder updates, or None for all.
+        encoder_heads: predictions after each encoder layer but the last, in training; or None.
         denoising: extra queries in training, or None.
 
     Raises:
@@ -39,11 +47,12 @@ class Detector(nn.Module):
         backbone: nn.Module,
         neck: ChannelMapper,
         tokenizer: FeatureTokenizer,
-        encoder: TransformerEncoder,
-        proposals: ProposalHead,
-        queries: TwoStageQueries,
+        encoder: nn.Module,
+        queries: QuerySource,
         decoder: TransformerDecoder,
-        selection: ForegroundTokenSelector | None = None,
+        proposals: ProposalHead | None = None,
+        selection: TokenSelector | None = None,
+        encoder_heads: EncoderLayerHeads | None = None,
         denoising: ContrastiveDenoising | None = None,
     ) -> None:
         super().__init__()
@@ -52,13 +61,12 @@ class Detector(nn.Module):
         self.tokenizer = tokenizer
         self.selection = selection
         self.encoder = encoder
+        self.encoder_heads = encoder_heads
         self.proposals = proposals
         self.queries = queries
         self.denoising = denoising
         self.decoder = decoder
-        _check_backbone(backbone, neck)
-        _check_levels(self, neck.num_levels)
-        _check_selection(encoder, selection)
+        check_parts(self)
 
     def forward(
         self, images: Tensor, padding_mask: Tensor, targets: list[Targets] | None = None
@@ -70,67 +78,46 @@ class Detector(nn.Module):
             padding_mask: (B, H, W) bool, True on padding.
             targets: ground truth, which makes denoising queries; None outside training.
         """
-        features = self.neck(self.backbone(images))
-        tokens = self.tokenizer(features, padding_mask)
-        selection = self.selection(tokens, self.proposals) if self.selection else None
-        encoded = self.encoder(tokens, selection, self.proposals.head)
-        queries = self.queries(self.proposals(encoded.memory))
+        return self.detect(self.tokenize(images, padding_mask), targets)
+
+    def tokenize(self, images: Tensor, padding_mask: Tensor) -> FeatureTokens:
+        """Backbone, neck and tokenizer; arguments as in `forward`."""
+        return self.tokenizer(self.neck(self.backbone(images)), padding_mask)
+
+    def detect(self, tokens: FeatureTokens, targets: list[Targets] | None = None) -> DetectorOutput:
+        """Everything after the tokenizer; arguments as in `forward`."""
+        encoded = self.encode(tokens)
+        queries = self.queries(encoded.memory, self._propose(encoded.memory))
         if self.denoising is not None and targets is not None:
             queries = self.denoising(queries, targets)
         predictions = self.decoder(queries, encoded.memory)
         groups = queries.denoising
-        denoised, matched = predictions.split_queries(groups.num_queries if groups else 0)
+        denoising_queries = groups.num_queries if groups else 0
         return DetectorOutput(
-            decoder=matched,
-            spatial_shapes=tokens.spatial_shapes,
+            decoder=predictions.queries(slice(denoising_queries, None)),
+            memory=encoded.memory,
             proposal=queries.proposal,
-            denoising=denoised if groups else None,
+            encoder_layers=self._encoder_predictions(encoded, tokens),
+            denoising=predictions.queries(slice(denoising_queries)) if groups else None,
             denoising_groups=groups,
-            selection=selection,
+            selection=encoded.selection,
         )
 
+    def encode(self, tokens: FeatureTokens) -> EncoderOutput:
+        """Selection and encoder."""
+        selection = None if self.selection is None else self.selection(tokens, self.proposals)
+        head = None if self.proposals is None else self.proposals.head
+        return self.encoder(tokens, selection, head)
 
-def _check_backbone(backbone: nn.Module, neck: ChannelMapper) -> None:
-    if not isinstance(backbone, Backbone):
-        return
-    shapes = backbone.output_shape()
-    for name, channels in zip(neck.in_features, neck.in_channels, strict=True):
-        if name not in shapes:
-            raise ConfigError(
-                f"neck.in_features names '{name}', but the backbone gives {', '.join(shapes)}: "
-                "change neck.in_features or backbone.out_features"
-            )
-        if shapes[name].channels != channels:
-            raise ConfigError(
-                f"neck.in_channels says {channels} for '{name}', but the backbone gives "
-                f"{shapes[name].channels}: change neck.in_channels"
-            )
+    def _propose(self, memory: FeatureTokens) -> Proposals | None:
+        if self.proposals is None or not self.queries.needs_proposals:
+            return None
+        return self.proposals(memory)
 
-
-def _check_levels(detector: nn.Module, expected: int) -> None:
-    """Every part that is built for a number of levels must be built for that of the neck."""
-    for name, module in detector.named_modules():
-        num_levels = getattr(module, "num_levels", expected)
-        if num_levels != expected:
-            raise ConfigError(
-                f"{name}.num_levels={num_levels}, but neck.num_levels={expected}: "
-                "set them to the same number"
-            )
-
-
-def _check_selection(
-    encoder: TransformerEncoder, selection: ForegroundTokenSelector | None
-) -> None:
-    count = len(encoder.layers)
-    if selection is not None and len(selection.layer_keep_ratios) != count:
-        raise ConfigError(
-            f"selection.layer_keep_ratios has {len(selection.layer_keep_ratios)} entries for "
-            f"{count} encoder.layers: give one for each layer"
-        )
-    dual = any(isinstance(layer, DualAttentionEncoderLayer) for layer in encoder.layers)
-    if dual and (selection is None or encoder.object_score is None):
-        missing = "selection" if selection is None else "encoder.object_score"
-        raise ConfigError(
-            f"encoder.layers holds DualAttentionEncoderLayer, which needs {missing}: "
-            f"set {missing} or use EncoderLayer"
-        )
+    def _encoder_predictions(
+        self, encoded: EncoderOutput, tokens: FeatureTokens
+    ) -> list[SetPrediction]:
+        """Predictions that only the losses need."""
+        if self.encoder_heads is None or not self.training:
+            return []
+        return self.encoder_heads(encoded, self.proposals, tokens)

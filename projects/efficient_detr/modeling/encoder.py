@@ -49,10 +49,33 @@ class EncoderLayer(nn.Module):
 
     def forward(self, active: ActiveTokens, memory: FeatureTokens) -> Tensor:
         """Update the active tokens by looking at `memory`; returns their features (B, N, C)."""
-        features = active.features
-        attended = self.attention(features, active.positions, active.reference_points, memory)
-        features = self.attention_norm(features + self.dropout(attended))
+        attended = self.attend(active, memory)
+        features = self.attention_norm(active.features + self.dropout(attended))
         return self.feedforward_norm(features + self.dropout(self.feedforward(features)))
+
+    def attend(self, active: ActiveTokens, memory: FeatureTokens) -> Tensor:
+        """What the attention adds to the active tokens (B, N, C)."""
+        return self.attention(
+            active.features,
+            active.positions,
+            active.reference_points,
+            memory,
+            active.padding_mask,
+        )
+
+
+class PreNormEncoderLayer(EncoderLayer):
+    """The same parts with the norms before the branches, so that the residual stays un-normed.
+
+    The tokens attended to are normed too. Such an encoder ends with a norm of its own.
+    """
+
+    def forward(self, active: ActiveTokens, memory: FeatureTokens) -> Tensor:
+        """As in `EncoderLayer`."""
+        normed = dataclasses.replace(active, features=self.attention_norm(active.features))
+        normed_memory = memory.with_features(self.attention_norm(memory.features))
+        features = active.features + self.dropout(self.attend(normed, normed_memory))
+        return features + self.dropout(self.feedforward(self.feedforward_norm(features)))
 
 
 class DualAttentionEncoderLayer(EncoderLayer):
@@ -104,12 +127,49 @@ class InitialValues:
         return initial
 
 
+class RegatheredTokens:
+    """Each layer takes its tokens from the memory that the layer before left (Focus-DETR)."""
+
+    def __call__(
+        self, memory: FeatureTokens, indices: Tensor, counts: Tensor, previous: Tensor | None
+    ) -> ActiveTokens:
+        """Choose the tokens of a layer.
+
+        Args:
+            memory: the tokens before the layer.
+            indices: (B, N) tokens of the layer.
+            counts: (B,) rows of each image that belong to it.
+            previous: (B, N', C) what the layer before returned, or None before the first.
+        """
+        return memory.gather(indices, counts)
+
+
+class CarriedTokens(RegatheredTokens):
+    """Each layer takes what the layer before returned (Sparse DETR).
+
+    It differs from `RegatheredTokens` on the rows that fill up an image with fewer tokens: they are
+    never written to the memory but go on from layer to layer.
+    """
+
+    def __call__(
+        self, memory: FeatureTokens, indices: Tensor, counts: Tensor, previous: Tensor | None
+    ) -> ActiveTokens:
+        """As in `RegatheredTokens`."""
+        active = super().__call__(memory, indices, counts, previous)
+        if previous is None:
+            return active
+        # A selection may shrink from layer to layer; it keeps the leading rows.
+        return dataclasses.replace(active, features=previous[:, : indices.shape[1]])
+
+
 class TransformerEncoder(nn.Module):
     """A stack of encoder layers over all tokens or over the tokens of a selection.
 
     Args:
         layers: the layers, in order; they may differ.
+        norm: norm of all tokens after the last layer, for pre-norm layers; or None.
         value_source: says which tokens a layer attends to.
+        token_source: says where a layer of a selection takes its tokens from.
         object_score: ranking for layers with object self-attention, or None.
     """
 
@@ -117,12 +177,16 @@ class TransformerEncoder(nn.Module):
         self,
         *,
         layers: Sequence[nn.Module],
+        norm: nn.Module | None = None,
         value_source: CurrentValues | InitialValues | None = None,
+        token_source: RegatheredTokens | None = None,
         object_score: ObjectScore | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.norm = norm
         self.value_source = value_source or CurrentValues()
+        self.token_source = token_source or RegatheredTokens()
         self.object_score = object_score
 
     def forward(
@@ -135,26 +199,41 @@ class TransformerEncoder(nn.Module):
             selection: which tokens each layer updates, or None for all.
             head: prediction head of the proposals, which classifies tokens for the object score.
         """
-        memory = tokens
-        for index, layer in enumerate(self.layers):
-            values = self.value_source(tokens, memory)
-            if selection is None:
-                memory = memory.with_features(layer(memory.all_active(), values))
-            else:
-                active = self._active_tokens(memory, selection, index, head)
-                features = layer(active, values)
-                memory = memory.scatter(selection.indices[index], features, selection.counts)
-        return EncoderOutput(memory, selection)
+        if selection is None:
+            encoded = EncoderOutput(self._update_all(tokens))
+        else:
+            encoded = self._update_selected(tokens, selection, head)
+        if self.norm is None:
+            return encoded
+        memory = encoded.memory.with_features(self.norm(encoded.memory.features))
+        return dataclasses.replace(encoded, memory=memory)
 
-    def _active_tokens(
+    def _update_all(self, tokens: FeatureTokens) -> FeatureTokens:
+        memory = tokens
+        for layer in self.layers:
+            values = self.value_source(tokens, memory)
+            memory = memory.with_features(layer(memory.all_active(), values))
+        return memory
+
+    def _update_selected(
+        self, tokens: FeatureTokens, selection: TokenSelection, head: PredictionHead | None
+    ) -> EncoderOutput:
+        memory, features, states = tokens, None, []
+        for layer, indices in zip(self.layers, selection.indices, strict=True):
+            values = self.value_source(tokens, memory)
+            active = self.token_source(memory, indices, selection.counts, features)
+            features = layer(self._scored(active, selection, indices, head), values)
+            memory = memory.scatter(indices, features, selection.counts)
+            states.append(features)
+        return EncoderOutput(memory, selection, states)
+
+    def _scored(
         self,
-        memory: FeatureTokens,
+        active: ActiveTokens,
         selection: TokenSelection,
-        index: int,
+        indices: Tensor,
         head: PredictionHead | None,
     ) -> ActiveTokens:
-        indices = selection.indices[index]
-        active = memory.gather(indices)
         foreground = gather_tokens(selection.scores, indices)
         if self.object_score is None or head is None:
             return dataclasses.replace(active, foreground_logits=foreground)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +14,46 @@ from efficient_detr.modeling.layers import MLP
 class PredictionHead(nn.Module):
     """A linear classifier and a three-layer box regressor.
 
-    Boxes start at their reference: the last box layer is zero. Classes start at probability
-    `prior_probability`, as in focal-loss detectors.
+    Heads that correct reference boxes start at them: the last box layer has zero weight and a given
+    bias. Heads of focal-loss detectors start their classes at a small probability.
 
     Args:
         channels: C.
-        num_classes: K, sigmoid classes without a background class.
-        prior_probability: class probability before training.
+        num_classes: K.
+        background_classes: further class logits, after the K, that stand for "no object" (DETR has
+            one; sigmoid classifiers need none).
+        prior_probability: class probability before training, in (0, 1); None for a random start.
+        box_bias: bias of the last box layer, whose weight starts at zero; None for a random start.
     """
 
-    def __init__(self, *, channels: int, num_classes: int, prior_probability: float = 0.01) -> None:
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        background_classes: int = 0,
+        prior_probability: float | None = 0.01,
+        box_bias: Sequence[float] | None = (0.0, 0.0, 0.0, 0.0),
+    ) -> None:
         super().__init__()
-        self.class_layer = nn.Linear(channels, num_classes)
-        prior = -math.log((1 - prior_probability) / prior_probability)
-        nn.init.constant_(self.class_layer.bias, prior)
+        self.num_classes = num_classes
+        self.background_classes = background_classes
+        self.class_layer = nn.Linear(channels, num_classes + background_classes)
         self.box_layers = MLP(sizes=[channels, channels, channels, 4])
-        nn.init.zeros_(self.box_layers.output.weight)
-        nn.init.zeros_(self.box_layers.output.bias)
+        if prior_probability is not None:
+            prior = -math.log((1 - prior_probability) / prior_probability)
+            nn.init.constant_(self.class_layer.bias, prior)
+        if box_bias is not None:
+            nn.init.zeros_(self.box_layers.output.weight)
+            with torch.no_grad():
+                self.box_layers.output.bias.copy_(torch.tensor(list(box_bias)))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Class logits (..., K) of features (..., C), in float32 or better."""
+        """Class logits (..., K + background) of features (..., C), in float32 or better."""
         return _at_least_float32(self.class_layer(features))
 
     def regress(self, features: Tensor) -> Tensor:
-        """Correction (..., 4), in float32 or better, added to the logit of a reference box."""
+        """Box logits (..., 4), in float32 or better: a correction where there are references."""
         return _at_least_float32(self.box_layers(features))
 
 

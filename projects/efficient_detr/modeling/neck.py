@@ -2,7 +2,7 @@
 
 Deformable DETR, section 4.2 and appendix A.2: 1x1 convolutions on the backbone's maps; every extra
 level is a stride-2 3x3 convolution, the first on the last backbone map, the next on the level
-before.
+before. DETR's input projection is the case of one level without a norm.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from efficient_detr.errors import ConfigError
 
 
 class ChannelMapper(nn.Module):
-    """Map backbone features to `num_levels` maps of C channels, each followed by a group norm.
+    """Map backbone features to `num_levels` maps of C channels, as a rule with a group norm each.
 
     Args:
         in_features: names of the backbone maps, finest first.
         in_channels: their channels.
         channels: C of the output.
         num_levels: number of output maps, at least one for each input; the rest are extra levels.
-        num_groups: groups of the group norm.
+        num_groups: groups of the group norm, or None for no norm.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ChannelMapper(nn.Module):
         in_channels: Sequence[int],
         channels: int,
         num_levels: int,
-        num_groups: int = 32,
+        num_groups: int | None = 32,
     ) -> None:
         super().__init__()
         if len(in_features) != len(in_channels):
@@ -71,7 +71,7 @@ class ChannelMapper(nn.Module):
 
 
 def _conv_norm(
-    in_channels: int, channels: int, num_groups: int, *, kernel_size: int, stride: int = 1
+    in_channels: int, channels: int, num_groups: int | None, *, kernel_size: int, stride: int = 1
 ) -> Conv2d:
     conv = Conv2d(
         in_channels,
@@ -79,9 +79,10 @@ def _conv_norm(
         kernel_size,
         stride=stride,
         padding=kernel_size // 2,
-        norm=nn.GroupNorm(num_groups, channels),
+        norm=None if num_groups is None else nn.GroupNorm(num_groups, channels),
     )
-    nn.init.xavier_uniform_(conv.weight)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+    if num_groups is not None:  # without a norm the published models keep torch's start
+        nn.init.xavier_uniform_(conv.weight)
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
     return conv

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.interface import DecoderAttention, EncoderAttention
+from efficient_detr.modeling.attention.token_attention import token_attention_map
 from efficient_detr.modeling.layers import xavier_linear
 from efficient_detr.ops import (
     deformable_sampling_locations,
@@ -102,18 +103,79 @@ class DeformableEncoderAttention(MultiScaleDeformableAttention, EncoderAttention
     """Deformable attention around the centre of each token; see `EncoderAttention`."""
 
     def forward(
-        self, query: Tensor, position: Tensor, reference_points: Tensor, memory: FeatureTokens
+        self,
+        query: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        memory: FeatureTokens,
+        padding_mask: Tensor,
     ) -> Tensor:
         """Attend from tokens (B, N, C) to `memory`; returns (B, N, C)."""
         return self.attend(query + position, reference_points, memory)
 
 
 class DeformableDecoderAttention(MultiScaleDeformableAttention, DecoderAttention):
-    """Deformable attention inside the reference box of each query; see `DecoderAttention`."""
+    """Deformable attention around the reference point or inside the reference box of each query."""
+
+    needs_references = True
 
     def forward(
-        self, query: Tensor, position: Tensor, reference_boxes: Tensor, memory: FeatureTokens
+        self,
+        query: Tensor,
+        position: Tensor,
+        reference_boxes: Tensor | None,
+        memory: FeatureTokens,
+        layer_input: Tensor,
     ) -> Tensor:
         """Attend from queries (B, Q, C) to `memory`; returns (B, Q, C)."""
-        ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], dim=-1)  # (B, L, 4)
-        return self.attend(query + position, reference_boxes[:, :, None] * ratios[:, None], memory)
+        return self.attend(query + position, scaled_references(reference_boxes, memory), memory)
+
+    def sampling(
+        self,
+        query: Tensor,
+        position: Tensor,
+        reference_boxes: Tensor | None,
+        memory: FeatureTokens,
+    ) -> tuple[Tensor, Tensor]:
+        """Where the queries look, and how much.
+
+        Returns:
+            sampling locations (B, Q, H, L, P, 2) as (x, y) and attention weights (B, Q, H, L, P).
+        """
+        located = query + position
+        references = scaled_references(reference_boxes, memory)
+        locations = self.sampling_locations(located, references, memory)
+        shape = (self.num_heads, self.num_levels * self.num_points)
+        weights = self.attention_weights(located).unflatten(-1, shape).softmax(-1)
+        return locations, weights.unflatten(-1, (self.num_levels, self.num_points))
+
+    def token_attention(
+        self,
+        query: Tensor,
+        position: Tensor,
+        reference_boxes: Tensor | None,
+        memory: FeatureTokens,
+    ) -> Tensor:
+        """(B, S) attention that each token gets, summed over queries and heads, without gradient.
+
+        Computed a second time beside the operator, which keeps its weights to itself.
+        """
+        with torch.no_grad():
+            locations, weights = self.sampling(query, position, reference_boxes, memory)
+        return token_attention_map(locations, weights, memory.spatial_shapes).sum(1)
+
+
+def scaled_references(reference_boxes: Tensor | None, memory: FeatureTokens) -> Tensor:
+    """(B, Q, L, 4|2): references (B, Q, 4|2) in the padded frame of each level.
+
+    Raises:
+        ConfigError: if there are no references.
+    """
+    if reference_boxes is None:
+        raise ConfigError(
+            "DeformableDecoderAttention needs reference boxes or points: use detector.queries that "
+            "provide them"
+        )
+    repeats = reference_boxes.shape[-1] // 2
+    ratios = memory.valid_ratios.repeat(1, 1, repeats)  # (B, L, 4|2)
+    return reference_boxes[:, :, None] * ratios[:, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from efficient_detr.errors import ConfigError
 from efficient_detr.structures import DenoisingGroups, Queries, Targets
 
 
@@ -72,6 +73,8 @@ class ContrastiveDenoising(nn.Module):
             queries: the matching queries, without attention mask.
             targets: ground truth of the B images.
         """
+        if queries.reference_boxes is None:
+            raise ConfigError("denoising needs queries with reference boxes: use two-stage queries")
         groups = self.layout(targets)
         noise = self.draw_noise(targets, groups)
         labels, boxes = self.noised(targets, groups, noise)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.layers import xavier_linear
 from efficient_detr.modeling.tokenizer import cell_centers
@@ -21,12 +22,15 @@ class ProposalHead(nn.Module):
 
     Args:
         channels: C.
-        head: class and box prediction.
+        head: class and box prediction; None if only a token selection reads the transformed tokens,
+            as in front of a decoder with learned queries.
         base_size: side of the proposal on the finest level, as a part of the image; it doubles
             from level to level.
     """
 
-    def __init__(self, *, channels: int, head: PredictionHead, base_size: float = 0.05) -> None:
+    def __init__(
+        self, *, channels: int, head: PredictionHead | None = None, base_size: float = 0.05
+    ) -> None:
         super().__init__()
         self.projection = xavier_linear(channels, channels)
         self.norm = nn.LayerNorm(channels)
@@ -34,15 +38,24 @@ class ProposalHead(nn.Module):
         self.base_size = base_size
 
     def forward(self, memory: FeatureTokens) -> Proposals:
-        """Predict from every token of the encoder's memory."""
+        """Predict from every token of the encoder's memory.
+
+        Raises:
+            ConfigError: if there is no head.
+        """
+        if self.head is None:
+            raise ConfigError("detector.proposals (ProposalHead) cannot predict: set its head")
         boxes, valid = self.proposal_boxes(memory)
         features = self._transform(memory.features, valid)
-        anchors = torch.log(boxes / (1 - boxes)).masked_fill(~valid.unsqueeze(-1), torch.inf)
         return Proposals(
             features=features,
             logits=self.head.classify(features),
-            box_logits=self.head.regress(features) + anchors,
+            box_logits=self.head.regress(features) + _logits(boxes, valid),
         )
+
+    def anchor_logits(self, tokens: FeatureTokens) -> Tensor:
+        """(B, S, 4) unrefined boxes before the sigmoid, +inf on invalid tokens."""
+        return _logits(*self.proposal_boxes(tokens))
 
     def transform(self, tokens: FeatureTokens, features: Tensor) -> Tensor:
         """Zero the invalid tokens, then project and normalise.
@@ -77,3 +90,7 @@ class ProposalHead(nn.Module):
         boxes_all = torch.cat(boxes, dim=1)
         inside = ((boxes_all > 0.01) & (boxes_all < 0.99)).all(-1)
         return boxes_all, inside & ~tokens.padding_mask
+
+
+def _logits(boxes: Tensor, valid: Tensor) -> Tensor:
+    return torch.log(boxes / (1 - boxes)).masked_fill(~valid.unsqueeze(-1), torch.inf)

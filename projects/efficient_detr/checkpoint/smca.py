@@ -1,0 +1,88 @@
+"""Tables from the key layouts of SMCA to ours; the keys of the backbone have no rule here.
+
+The single-scale and the convolutional model are those of gaopengcuhk/SMCA-DETR. The multi-scale
+model of the paper was never published; its layout is that of a reconstruction which names its parts
+as the published models do. All tables only rename: shapes agree as they are.
+"""
+
+from __future__ import annotations
+
+from efficient_detr.checkpoint.conversion import KeyRule
+from efficient_detr.checkpoint.official import detr
+
+_ENCODER = r"transformer\.encoder\.layers\.(\d+)\."
+_DECODER = r"transformer\.decoder\.layers\.(\d+)\."
+_OUR_ENCODER = r"detector.encoder.layers.\1."
+_OUR_ATTENTION = r"detector.decoder.layers.\1.cross_attention."
+
+
+def smca() -> list[KeyRule]:
+    """The single-scale model, with any type of scale."""
+    return [
+        KeyRule(_DECODER + r"norm4\.", _OUR_ATTENTION + "norm."),
+        KeyRule(_DECODER + r"point1\.", _OUR_ATTENTION + "center_prediction."),
+        KeyRule(_DECODER + r"point2\.", _OUR_ATTENTION + "head_offsets."),
+        KeyRule(_DECODER + r"point3\.", _OUR_ATTENTION + "scale.projection."),
+        *detr(),
+    ]
+
+
+def smca_conv() -> list[KeyRule]:
+    """The multi-scale model with a convolutional encoder.
+
+    Its convolutions between levels are numbered if every pair of levels has its own, and have no
+    number if the pairs share one.
+    """
+    exchange = _OUR_ENCODER + "exchange."
+    pairs = [
+        KeyRule(rf"{_ENCODER}{theirs}_{pair + 1}\.", f"{exchange}{ours}.{pair}.")
+        for theirs, ours in (("high_to_low", "down"), ("low_to_high", "up"))
+        for pair in range(3)
+    ]
+    levels = [
+        KeyRule(rf"{_ENCODER}self_attn_{stride}\.", f"{_OUR_ENCODER}level_convolutions.{level}.")
+        for level, stride in enumerate((8, 16, 32, 64))
+    ]
+    return [
+        *levels,
+        *pairs,
+        KeyRule(_ENCODER + r"high_to_low\.", exchange + "down."),
+        KeyRule(_ENCODER + r"low_to_high\.", exchange + "up."),
+        KeyRule(_ENCODER + r"conv_1\.", _OUR_ENCODER + "input_projection."),
+        KeyRule(_ENCODER + r"conv_2\.", _OUR_ENCODER + "output_projection."),
+        KeyRule(_ENCODER + r"norm1\.", _OUR_ENCODER + "convolution_norm."),
+        KeyRule(r"transformer\.conv\.", "detector.encoder.reduction."),
+        *_several_levels(("512", "1024", "2048")),
+    ]
+
+
+def smca_multi_scale() -> list[KeyRule]:
+    """The reconstruction of the paper's multi-scale model.
+
+    Its names have neither `transformer.` nor `layers.`; in a model with a backbone they begin with
+    `smca.`.
+    """
+    rules = _several_levels(("1024", "2048"))
+    return [
+        KeyRule(r"(?:smca\.)?decoder_norm\.", "detector.decoder.norm."),
+        *(KeyRule(r"(?:smca\.)?" + _shortened(rule.pattern), rule.replacement) for rule in rules),
+    ]
+
+
+def _several_levels(maps: tuple[str, ...]) -> list[KeyRule]:
+    """What the models with several levels add; `maps` are the channels of the backbone's maps."""
+    projections = [
+        KeyRule(rf"input_proj_{channels}\.", f"detector.neck.convs.{level}.")
+        for level, channels in enumerate(maps)
+    ]
+    return [
+        *projections,
+        KeyRule(rf"input_proj_{maps[-1]}_3\.", "detector.neck.extra_convs.0."),
+        KeyRule(r"transformer\.level_embed", "detector.tokenizer.level_embedding"),
+        KeyRule(_DECODER + r"point4\.", _OUR_ATTENTION + "level_selection."),
+        *smca(),
+    ]
+
+
+def _shortened(pattern: str) -> str:
+    return pattern.replace(r"transformer\.", "").replace(r"layers\.(", "(")
