@@ -1,9 +1,14 @@
-"""Every config loads, survives YAML, takes a number of classes, and builds its model."""
+"""Every config loads, survives YAML, takes a number of classes, and builds its model.
+
+What the docstrings of the configs say is tried out as well: commands, overrides, parameter counts.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,11 @@ from efficient_detr.modeling.encoder import CurrentValues, InitialValues
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ContrastiveDenoising
 from efficient_detr.modeling.selection import LogitProductScore, ProbabilityProductScore
+from efficient_detr.postprocessing import SoftmaxBestClass
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.py"))
+DILATED = "efficient_detr.modeling.backbones.dilated_resnet_stages"
 
 
 @functools.cache
@@ -43,7 +50,64 @@ def build(config: Any) -> EfficientDETR:
 
 
 def test_the_list_of_configs() -> None:
-    assert {"dino.py", "focus_detr.py", "focus_detr_paper.py", "quickstart.py"} <= set(NAMES)
+    families = {"detr", "deformable_detr", "sparse_detr", "smca_detr", "act_detr", "focus_detr"}
+    assert {f"{name}.py" for name in families | {"dino", "quickstart"}} <= set(NAMES)
+
+
+def docstring(name: str) -> str:
+    return ast.get_docstring(ast.parse((CONFIGS / name).read_text())) or ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docstring_starts_with_a_command(name: str) -> None:
+    commands = re.findall(r"python train_net\.py --config-file configs/(\S+)", docstring(name))
+    assert name in commands
+    assert set(commands) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_are_short(name: str) -> None:
+    """Parts are written out in configs/common; the quickstart has data and schedule of its own."""
+    lines = len((CONFIGS / name).read_text().splitlines())
+    assert lines <= (110 if name == "quickstart.py" else 60)
+
+
+def overrides_shown(name: str) -> list[str]:
+    """All `key=value` of a docstring; the end of a sentence does not belong to the value."""
+    found = re.findall(r"(?<![\w.])(?:\w+\.)+\w+=\S+", docstring(name))
+    return [override.rstrip(".,;:`") for override in found]
+
+
+SHOWN = [(name, override) for name in NAMES for override in overrides_shown(name)]
+
+
+@pytest.mark.parametrize(("name", "override"), SHOWN)
+def test_overrides_in_docstrings(name: str, override: str) -> None:
+    """Each changes a key that exists, and the model can be built with it."""
+    key, value = override.split("=", 1)
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(loaded(name), parent)
+    exists = last in node.keys() if OmegaConf.is_dict(node) else int(last) < len(node)
+    assert exists, f"{name} has no {key}"
+    changed = load(name, override)
+    assert plain(changed) != plain(loaded(name)), f"{key} is {value} already"
+    if key.startswith("model."):
+        build(changed)
+
+
+def test_there_are_overrides_in_docstrings() -> None:
+    assert len(SHOWN) > 20
+    assert ("detr.py", "model.detector.backbone.stages.depth=101") in SHOWN
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_in_docstrings(name: str) -> None:
+    """The number of parameters "here", in millions."""
+    numbers = re.findall(r"\bHere (\d+\.\d+) M\b", " ".join(docstring(name).split()))
+    for number in numbers:
+        count = sum(parameter.numel() for parameter in build(load(name)).parameters())
+        digits = len(number.partition(".")[2])
+        assert number == f"{count / 1e6:.{digits}f}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,16 +116,17 @@ def test_config(name: str, tmp_path: Path) -> None:
     config = load(name, "model.num_classes=7")
     for key in OmegaConf.missing_keys(config):  # what a user must set, as the paths of own data
         OmegaConf.update(config, key, "given")
-    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= config.keys()
+    assert config.keys() == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
     path = tmp_path / "config.yaml"
     LazyConfig.save(config, str(path))
     reloaded = LazyConfig.load(str(path))
     assert plain(reloaded) == plain(config)
     model = build(reloaded)
     assert model.num_classes == 7
+    # DETR's softmax has a class for "no object".
+    outputs = 8 if isinstance(model.postprocessor, SoftmaxBestClass) else 7
     heads = modules_of(model, PredictionHead)
-    assert len(heads) == len(config.model.detector.decoder.layers) + 1
-    assert {head.class_layer.out_features for head in heads} == {7}
+    assert {head.class_layer.out_features for head in heads} == {outputs}
     for denoising in modules_of(model, ContrastiveDenoising):
         assert denoising.num_classes == denoising.label_embedding.num_embeddings == 7
 
@@ -110,12 +175,56 @@ def test_five_scales() -> None:
     assert layer.cross_attention.sampling_offsets.out_features == 8 * 5 * 4 * 2
 
 
-def test_a_deeper_backbone_is_one_override() -> None:
-    """ResNet-101 has 23 blocks in its fourth stage."""
-    config = load("focus_detr.py", "model.detector.backbone.stages.depth=101")
+def backbone_of(config: Any) -> Any:
     with torch.device("meta"):
-        backbone = instantiate(config.model.detector.backbone)
-    assert len(backbone.res4) == 23
+        return instantiate(config.model.detector.backbone)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("quickstart")])
+def test_a_deeper_backbone_is_one_override(name: str) -> None:
+    """ResNet-101 has 23 blocks in its fourth stage, dilated or not."""
+    deeper = load(name, "model.detector.backbone.stages.depth=101")
+    assert len(backbone_of(deeper).res4) == 23
+    strides = [
+        {key: shape.stride for key, shape in backbone_of(config).output_shape().items()}
+        for config in (load(name), deeper)
+    ]
+    assert strides[0] == strides[1]
+
+
+def test_a_dilated_backbone_is_one_override() -> None:
+    config = load(
+        "deformable_detr_single_scale.py", f"model.detector.backbone.stages._target_={DILATED}"
+    )
+    backbone = backbone_of(config)
+    assert backbone.output_shape()["res5"].stride == 16
+    assert backbone.res5[1].conv2.dilation == (2, 2)
+    both = LazyConfig.apply_overrides(config, ["model.detector.backbone.stages.depth=101"])
+    assert len(backbone_of(both).res4) == 23
+    assert backbone_of(both).output_shape()["res5"].stride == 16
+
+
+def test_dc5_is_detr_with_another_backbone() -> None:
+    plain_detr, dilated = plain(load("detr.py")), plain(load("detr_dc5.py"))
+    assert backbone_of(load("detr_dc5.py")).output_shape()["res5"].stride == 16
+    for config in (plain_detr, dilated):
+        del config["model"]["detector"]["backbone"], config["train"]["output_dir"]
+    assert plain_detr == dilated
+
+
+def test_detr_for_300_epochs() -> None:
+    """The learning rate falls after 200 of 300 epochs; nothing else has to be set."""
+    shown = [o for o in overrides_shown("detr.py") if o.startswith(("train.max", "lr_"))]
+    config = load("detr.py", *shown)
+    assert config.train.max_iter == 300 * 7500
+    schedule = instantiate(config.lr_multiplier)
+    assert [schedule(step / 300) for step in (0, 199.9, 200.1, 299.9)] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_the_training_of_deformable_detr_is_half_as_many_batches_of_twice_the_size() -> None:
+    config = load("deformable_detr.py")
+    images = config.train.max_iter * config.dataloader.train.total_batch_size
+    assert images == 50 * 7500 * 16
 
 
 @pytest.mark.parametrize("name", ["dino_24ep.py", "focus_detr_24ep.py", "focus_detr_36ep.py"])

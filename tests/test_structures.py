@@ -8,6 +8,7 @@ from efficient_detr.structures import (
     DecoderOutput,
     DenoisingGroups,
     DetectorOutput,
+    SetPrediction,
     TokenSelection,
     gather_tokens,
 )
@@ -29,7 +30,7 @@ def test_split_and_level() -> None:
 def test_gather_follows_the_indices() -> None:
     tokens = random_tokens(SHAPES, batch=2, channels=4)
     indices = torch.tensor([[22, 0, 7], [1, 1, 14]])
-    active = tokens.gather(indices)
+    active = tokens.gather(indices, torch.tensor([3, 3]))
     for image in range(2):
         for row, index in enumerate(indices[image].tolist()):
             assert torch.equal(active.features[image, row], tokens.features[image, index])
@@ -96,12 +97,13 @@ def test_kept_tokens() -> None:
 def test_decoder_output_slices() -> None:
     fields = [torch.randn(2, 1, 5, n) for n in (3, 4, 4)]
     output = DecoderOutput(*fields)
-    first, rest = output.split_queries(2)
+    first, rest = output.queries(slice(2)), output.queries(slice(2, None))
     assert torch.equal(torch.cat([first.logits, rest.logits], dim=2), fields[0])
     assert torch.equal(torch.cat([first.boxes, rest.boxes], dim=2), fields[1])
+    assert first.references is not None
     assert torch.equal(first.references, fields[2][:, :, :2])
     assert torch.equal(output.layer(0).boxes, fields[1][0])
-    last = DetectorOutput(decoder=output, spatial_shapes=SHAPES).prediction
+    last = DetectorOutput(decoder=output, memory=random_tokens(SHAPES)).prediction
     assert torch.equal(last.logits, fields[0][1])
     assert torch.equal(last.boxes, fields[1][1])
 
@@ -109,3 +111,40 @@ def test_decoder_output_slices() -> None:
 def test_number_of_denoising_queries() -> None:
     assert DenoisingGroups(num_groups=3, slots=4).num_queries == 24
     assert DenoisingGroups(num_groups=1, slots=0).num_queries == 0
+
+
+def test_gather_marks_padding_and_fillers() -> None:
+    """Image 0 owns two of three rows, one of which is padding; all rows of image 1 are its own."""
+    tokens = random_tokens([(2, 3)], sizes=[(16, 16), (16, 24)], channels=4)
+    assert tokens.padding_mask[0].tolist() == [False, False, True, False, False, True]
+    active = tokens.gather(torch.tensor([[0, 2, 1], [2, 4, 0]]), torch.tensor([2, 3]))
+    assert active.padding_mask.tolist() == [[False, True, True], [False, False, False]]
+
+
+def test_all_active_tokens() -> None:
+    tokens = random_tokens(SHAPES, batch=2, channels=4)
+    active = tokens.all_active()
+    assert active.positions is tokens.positions and active.padding_mask is tokens.padding_mask
+    assert active.reference_points is tokens.reference_points
+
+
+def test_decoder_output_without_references() -> None:
+    logits, boxes, attention = torch.randn(2, 3, 5, 4), torch.rand(2, 3, 5, 4), torch.rand(3, 23)
+    output = DecoderOutput(logits, boxes, token_attention=attention)
+    rest = output.queries(slice(2, None))
+    assert rest.references is None and rest.logits.shape == (2, 3, 3, 4)
+    assert rest.token_attention is attention, "the attention that all queries pay"
+    assert output.queries(slice(0)).boxes.shape == (2, 3, 0, 4)
+    assert not output.layer(-1).class_agnostic
+    assert torch.equal(output.layer(-1).logits, logits[1])
+
+
+def test_detector_output_of_a_model_without_extras() -> None:
+    output = DetectorOutput(
+        decoder=DecoderOutput(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)),
+        memory=random_tokens(SHAPES),
+    )
+    assert output.proposal is None and output.denoising is None and output.selection is None
+    assert output.encoder_layers == [] and output.student is None
+    assert isinstance(output.prediction, SetPrediction)
+    assert output.prediction.boxes.shape == (2, 3, 4)

@@ -13,8 +13,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.attention.dense import MultiHeadAttention
 from efficient_detr.modeling.position import SinePositionEmbedding
-from efficient_detr.modeling.tokenizer import FeatureTokenizer
+from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
 from efficient_detr.structures import FeatureTokens, SpatialShapes, Targets
 
 MODELS = Path(__file__).parents[1] / "configs" / "common" / "models"
@@ -131,7 +132,7 @@ def random_tokens(
     """Tokens of random maps; `sizes` are the unpadded images, `stride` that of the first level."""
     padded = (shapes[0][0] * stride, shapes[0][1] * stride)
     mask = padding_mask(sizes or [padded] * batch, padded)
-    tokenizer = FeatureTokenizer(
+    tokenizer = LevelFeatureTokenizer(
         position_embedding=SinePositionEmbedding(channels=channels),
         channels=channels,
         num_levels=len(shapes),
@@ -139,6 +140,35 @@ def random_tokens(
     maps = [torch.randn(len(mask), channels, *shape) for shape in shapes]
     with torch.no_grad():
         return tokenizer(maps, mask)
+
+
+def empty_tokens(shapes: SpatialShapes, *, batch: int = 1) -> FeatureTokens:
+    """Unpadded tokens of no channels, for tests that only want to know their layout."""
+    count, levels = sum(height * width for height, width in shapes), len(shapes)
+    return FeatureTokens(
+        features=torch.zeros(batch, count, 0),
+        positions=torch.zeros(batch, count, 0),
+        padding_mask=torch.zeros(batch, count, dtype=torch.bool),
+        spatial_shapes=shapes,
+        image_sizes=torch.ones(batch, 2),
+        valid_ratios=torch.ones(batch, levels, 2),
+        reference_points=torch.zeros(batch, count, levels, 2),
+    )
+
+
+def torch_attention(attention: MultiHeadAttention) -> nn.MultiheadAttention:
+    """Torch's own multi-head attention with the same weights, which bear the same names."""
+    channels = attention.in_proj_weight.shape[1]
+    module = nn.MultiheadAttention(channels, attention.num_heads, batch_first=True)
+    module.load_state_dict(attention.state_dict())
+    return module
+
+
+def randomised(module: nn.Module, std: float = 0.3) -> Any:
+    """The module with every parameter, norms included, away from its start value."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

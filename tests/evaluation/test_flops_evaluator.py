@@ -20,6 +20,7 @@ from efficient_detr.evaluation import (
     describe_cost,
 )
 from efficient_detr.structures import DecoderOutput, DetectorOutput, TokenSelection
+from tests.tiny_models import empty_tokens
 
 C = 4
 
@@ -43,7 +44,8 @@ class Detector(nn.Module):
             selection = TokenSelection([rows, rows[:, : tokens // 2]], counts, logits[..., 0], [])
         boxes = logits.repeat(1, 1, 2)
         prediction = DecoderOutput(logits[None], boxes[None], references=boxes[None])
-        return DetectorOutput(prediction, [(tokens - 2, 1), (1, 2)], selection=selection)
+        memory = empty_tokens([(tokens - 2, 1), (1, 2)], batch=len(images))
+        return DetectorOutput(prediction, memory, selection=selection)
 
 
 class Model(nn.Module):

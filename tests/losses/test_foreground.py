@@ -18,7 +18,7 @@ from efficient_detr.structures import (
     Targets,
     TokenSelection,
 )
-from tests.tiny_models import logit
+from tests.tiny_models import empty_tokens, logit
 
 SIZE = (256, 512)  # powers of two, so that pixels survive the normalisation
 SHAPES = [(32, 64), (16, 32), (8, 16), (4, 8)]
@@ -176,7 +176,8 @@ def test_the_two_rules_differ_inside_a_box() -> None:
 def output_with(level_logits: list[Tensor], shapes: SpatialShapes) -> DetectorOutput:
     empty = torch.zeros(1, len(level_logits[0]), 0, 4)
     selection = TokenSelection([], torch.zeros(0), torch.zeros(0), level_logits)
-    return DetectorOutput(DecoderOutput(empty, empty, empty), shapes, selection=selection)
+    memory = empty_tokens(shapes, batch=len(level_logits[0]))
+    return DetectorOutput(DecoderOutput(empty, empty, empty), memory, selection=selection)
 
 
 def focal(probability: float, positive: bool) -> float:
@@ -231,6 +232,6 @@ def test_wrong_set_up() -> None:
             rule()(SHAPES[:3], target())
     loss = ForegroundLoss(labels=SideDistanceForeground())
     empty = torch.zeros(1, 1, 0, 4)
-    output = DetectorOutput(DecoderOutput(empty, empty, empty), SHAPES)
+    output = DetectorOutput(DecoderOutput(empty, empty, empty), empty_tokens(SHAPES))
     with pytest.raises(ConfigError, match="remove the loss from model.losses or add a selection"):
         loss(output, [target()])

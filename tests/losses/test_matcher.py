@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from efficient_detr.errors import NonFiniteLossError
-from efficient_detr.losses import FocalClassCost, HungarianMatcher
+from efficient_detr.losses import FocalClassCost, HungarianMatcher, SoftmaxClassCost
 from efficient_detr.structures import SetPrediction, Targets
 from tests.tiny_models import logit, targets_of
 
@@ -131,3 +131,25 @@ def test_matching_has_no_gradient() -> None:
     )
     ((queries, _),) = matcher()(prediction, random_targets(2))
     assert not queries.requires_grad
+
+
+def test_softmax_class_cost() -> None:
+    """Odds 1 : 3 : 4 of two classes and "no object": minus 1/8 and 3/8."""
+    logits = torch.tensor([[0.0, math.log(3), math.log(4)], [math.log(2), 0.0, 0.0]])
+    cost = SoftmaxClassCost()(logits, torch.tensor([1, 0, 1]))
+    assert cost.shape == (2, 3)
+    assert cost[0].tolist() == pytest.approx([-3 / 8, -1 / 8, -3 / 8])
+    assert cost[1].tolist() == pytest.approx([-1 / 4, -1 / 2, -1 / 4])
+
+
+def test_softmax_matching() -> None:
+    """Of two queries on the box, the one that is surer of its class, whatever its logit."""
+    module = HungarianMatcher(class_cost=SoftmaxClassCost(), class_weight=1.0)
+    logits = torch.tensor([[[5.0, 0.0, 5.0], [2.0, 0.0, 0.0]]])
+    prediction = SetPrediction(logits, torch.full((1, 2, 4), 0.5))
+    ((queries, matched),) = module(prediction, targets_of([[0.5] * 4], labels=[[0]]))
+    assert queries.tolist() == [1] and matched.tolist() == [0]
+    cost = module.cost(prediction, targets_of([[0.5] * 4], labels=[[0]]))
+    # The boxes agree: no distance, and the generalised IoU is 1.
+    surest = math.exp(2) / (math.exp(2) + 2)
+    assert cost[0, 1, 0].item() == pytest.approx(-surest - 2, rel=1e-5)

@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import instantiate
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.decoder import BoxQueryPosition
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.structures import DetectorOutput, FeatureTokens
-from tests.tiny_models import padding_mask, targets_of, tiny_config, tiny_model, total
+from efficient_detr.structures import DetectorOutput, FeatureTokens, Queries
+from tests.tiny_models import padding_mask, targets_of, tiny_model, total
 
 FAMILIES = ["dino", "focus_detr"]
 BOXES = [[[0.4, 0.5, 0.3, 0.4], [0.7, 0.6, 0.2, 0.2]], [[0.5, 0.5, 0.9, 0.8]]]
@@ -51,7 +48,7 @@ def test_children_are_in_order_of_execution(family: str) -> None:
 @both
 def test_training_output(family: str) -> None:
     output, _ = run_training(tiny_model(family))
-    assert output.spatial_shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    assert output.memory.spatial_shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
     # 6 // 2 = 3 groups of two slots.
     assert output.denoising_groups is not None and output.denoising is not None
     assert output.denoising_groups.num_queries == 2 * 3 * 2
@@ -178,9 +175,12 @@ def compare_with_images_alone(model: EfficientDETR, sizes: list[tuple[int, int]]
 class UnpaddedQueryPosition(BoxQueryPosition):
     """Embeds the boxes in the frame of the image instead of the padded frame of level 0."""
 
-    def forward(self, reference_boxes: Tensor, memory: FeatureTokens) -> Tensor:
+    def forward(
+        self, queries: Queries, reference_boxes: Tensor | None, memory: FeatureTokens
+    ) -> Tensor:
         ratios = torch.ones_like(memory.valid_ratios)
-        return super().forward(reference_boxes, dataclasses.replace(memory, valid_ratios=ratios))
+        unpadded = dataclasses.replace(memory, valid_ratios=ratios)
+        return super().forward(queries, reference_boxes, unpadded)
 
 
 def without_padded_query_positions(model: EfficientDETR) -> EfficientDETR:
@@ -254,75 +254,44 @@ def test_the_padding_mask_matters() -> None:
     assert not torch.allclose(whole.prediction.boxes, part.prediction.boxes, atol=1e-3)
 
 
-def changed_config(family: str, **changes: Any) -> Any:
-    config = tiny_config(family)
-    for path, value in changes.items():
-        node = config.detector
-        *parents, last = path.split("__")
-        for name in parents:
-            node = node[int(name)] if name.isdigit() else node[name]
-        node[last] = value
-    return config
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("dino", dict(neck__num_levels=5), r"tokenizer.num_levels=4, but neck.num_levels=5"),
-        (
-            "dino",
-            dict(encoder__layers__1__attention__num_levels=3),
-            r"encoder.layers.1.attention.num_levels=3, but neck.num_levels=4",
-        ),
-        (
-            "dino",
-            dict(decoder__layers__0__cross_attention__num_levels=2),
-            r"decoder.layers.0.cross_attention.num_levels=2, but neck.num_levels=4",
-        ),
-        ("focus_detr", dict(selection__num_levels=3), r"selection.num_levels=3, but neck"),
-        (
-            "focus_detr",
-            dict(selection__layer_keep_ratios=[1.0]),
-            r"selection.layer_keep_ratios has 1 entries for 2 encoder.layers",
-        ),
-        ("focus_detr", dict(selection=None), "DualAttentionEncoderLayer, which needs selection"),
-        ("focus_detr", dict(encoder__object_score=None), "which needs encoder.object_score"),
-    ],
-)
-def test_parts_that_do_not_fit_together(family: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        instantiate(changed_config(family, **changes))
-
-
-class BackboneWithShapes(Backbone):
-    """A Detectron2 backbone as far as the neck wants to know it."""
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        raise AssertionError("nothing runs that does not fit")
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {"res4": ShapeSpec(channels=12), "res5": ShapeSpec(channels=16)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "neck.in_features names 'res3', but the backbone gives res4, res5"),
-        (
-            dict(in_features=["res4", "res5"], in_channels=[12, 99]),
-            "neck.in_channels says 99 for 'res5', but the backbone gives 16",
-        ),
-    ],
-)
-def test_a_backbone_that_does_not_fit_the_neck(arguments: dict[str, Any], message: str) -> None:
-    config = tiny_config("dino", **arguments)
-    config.detector.backbone = BackboneWithShapes()
-    with pytest.raises(ConfigError, match=message):
-        instantiate(config)
-
-
 def test_an_image_with_fewer_tokens_than_queries() -> None:
     """32 x 32 pixels have 16 + 4 + 1 + 1 = 22 tokens."""
     model = tiny_model("dino", num_queries=23).eval()
     with pytest.raises(ConfigError, match=r"22 tokens, fewer than queries.num_queries=23"):
         model.detector(torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool))
+
+
+def test_tokenize_then_detect_is_forward() -> None:
+    """The two halves of a pass: what the tokenizer gives is all that the second half reads."""
+    model = tiny_model("dino").eval()
+    mask = padding_mask([(64, 96), (48, 64)], (64, 96))
+    images = torch.randn(2, 3, 64, 96).masked_fill(mask[:, None], 0)
+    whole = model.detector(images, mask)
+    tokens = model.detector.tokenize(images, mask)
+    assert tokens.spatial_shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    assert tokens.image_sizes.tolist() == [[96, 64], [64, 48]]
+    maps = model.detector.neck(model.detector.backbone(images))
+    for level, feature_map in enumerate(maps):
+        assert torch.equal(tokens.level(level), feature_map)
+    output = model.detector.detect(tokens)
+    assert torch.equal(output.prediction.boxes, whole.prediction.boxes)
+    assert torch.equal(output.prediction.logits, whole.prediction.logits)
+
+
+def test_detect_makes_denoising_queries_from_targets() -> None:
+    model = tiny_model("dino")
+    mask = padding_mask([(64, 96), (48, 64)], (64, 96))
+    tokens = model.detector.tokenize(torch.randn(2, 3, 64, 96), mask)
+    assert model.detector.detect(tokens).denoising is None
+    output = model.detector.detect(tokens, targets_of(*BOXES))
+    assert output.denoising is not None and output.denoising.logits.shape == (2, 2, 12, 5)
+
+
+@both
+def test_the_memory_is_what_the_encoder_returned(family: str) -> None:
+    model = tiny_model(family).eval()
+    seen: list[Any] = []
+    model.detector.encoder.register_forward_hook(lambda _m, _args, result: seen.append(result))
+    output = model.detector(torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+    assert output.memory is seen[0].memory and output.selection is seen[0].selection
+    assert output.encoder_layers == []

@@ -48,3 +48,28 @@ def test_predictions_are_float32_under_autocast() -> None:
         features = head.class_layer.weight.new_ones(1, 8)
         assert head.classify(features).dtype is torch.float32
         assert head.regress(features).dtype is torch.float32
+
+
+def test_background_classes_follow_the_classes() -> None:
+    head = PredictionHead(channels=8, num_classes=3, background_classes=1)
+    assert head.classify(torch.randn(2, 5, 8)).shape == (2, 5, 4)
+    assert head.regress(torch.randn(2, 5, 8)).shape == (2, 5, 4)
+    assert head.class_layer.weight.shape == (4, 8)
+
+
+def test_random_start() -> None:
+    """DETR: classes and boxes start as torch starts them, uniform within 1 / sqrt(fan in)."""
+    head: Any = PredictionHead(
+        channels=64, num_classes=90, background_classes=1, prior_probability=None, box_bias=None
+    )
+    for layer in (head.class_layer, *head.box_layers.layers):
+        assert 0.8 < layer.weight.abs().max() * 8 <= 1
+    assert 0.8 < head.class_layer.bias.abs().max() * 8 <= 1
+    assert 0 < head.box_layers.output.bias.abs().max() * 8 <= 1
+
+
+def test_box_bias() -> None:
+    """Deformable DETR starts boxes small: sigmoid(-2) of the image; the features say nothing."""
+    head = PredictionHead(channels=8, num_classes=3, box_bias=(0.0, 0.0, -2.0, -2.0))
+    expected = torch.tensor([0.0, 0.0, -2.0, -2.0]).expand(6, 4)
+    assert torch.equal(head.regress(torch.randn(6, 8)), expected)

@@ -76,3 +76,35 @@ def test_wrong_arguments() -> None:
         mapper(in_channels=[6, 10])
     with pytest.raises(ValueError, match=r"neck.num_levels=2 .* name fewer in_features"):
         mapper(num_levels=2)
+
+
+def test_without_a_norm() -> None:
+    """DETR's input projection: a plain 1x1 convolution, started as torch starts one."""
+    features = maps()
+    neck: Any = mapper(in_features=["res5"], in_channels=[14], num_levels=1, num_groups=None)
+    assert set(neck.state_dict()) == {"convs.0.weight", "convs.0.bias"}
+    weight, bias = neck.convs[0].weight, neck.convs[0].bias
+    expected = torch.einsum("bihw,oi->bohw", features["res5"], weight[:, :, 0, 0])
+    (output,) = neck(features)
+    torch.testing.assert_close(output, expected + bias[:, None, None], rtol=1e-4, atol=1e-5)
+
+
+def test_start_with_and_without_a_norm() -> None:
+    """Torch: weights and biases within 1 / sqrt(fan in). Before a norm: Xavier, no bias.
+
+    A 1x1 convolution from 100 to 800 channels: 1/10, and sqrt(6 / 900).
+    """
+    sizes = dict(in_features=["res5"], in_channels=[100], channels=800, num_levels=1)
+    plain: Any = mapper(**sizes, num_groups=None).convs[0]
+    for tensor in (plain.weight, plain.bias):
+        assert 0.9 < tensor.abs().max() * 10 <= 1
+    normed: Any = mapper(**sizes, num_groups=2).convs[0]
+    assert 0.9 < normed.weight.abs().max() / (6 / 900) ** 0.5 <= 1
+    assert normed.bias.eq(0).all()
+
+
+def test_extra_levels_without_a_norm() -> None:
+    neck: Any = mapper(num_groups=None)
+    outputs = neck(maps())
+    assert [tuple(m.shape[2:]) for m in outputs[3:]] == [(2, 3), (1, 2)]
+    assert not any("norm" in name for name in neck.state_dict())

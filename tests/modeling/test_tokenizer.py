@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.tokenizer import (
     FeatureTokenizer,
+    LevelFeatureTokenizer,
     cell_centers,
     resize_mask,
     valid_size,
@@ -18,9 +23,9 @@ SHAPES = [(8, 16), (4, 8), (2, 4), (1, 2)]
 STARTS = [0, 128, 160, 168]  # first token of each level; 170 in all
 
 
-def build_tokens() -> tuple[FeatureTokens, list[torch.Tensor], FeatureTokenizer]:
+def build_tokens() -> tuple[FeatureTokens, list[torch.Tensor], LevelFeatureTokenizer]:
     """A batch of 64 x 128 pixels: one full image, and one of 32 rows and 80 columns."""
-    tokenizer = FeatureTokenizer(
+    tokenizer = LevelFeatureTokenizer(
         position_embedding=SinePositionEmbedding(channels=4, offset=-0.5), channels=4, num_levels=4
     )
     maps = [torch.randn(2, 4, *shape) for shape in SHAPES]
@@ -103,3 +108,80 @@ def test_cell_centers() -> None:
     centers = cell_centers((2, 3), torch.device("cpu"))
     rows = [[[x + 0.5, y + 0.5] for x in range(3)] for y in range(2)]
     assert centers.tolist() == rows[0] + rows[1]
+
+
+def plain(**changes: Any) -> FeatureTokenizer:
+    embedding = SinePositionEmbedding(channels=4, offset=-0.5)
+    return FeatureTokenizer(**{"position_embedding": embedding, "num_levels": 4, **changes})
+
+
+def test_without_level_embedding() -> None:
+    """DETR: the position is the sine embedding; all else is as with levels."""
+    tokens, maps, _ = build_tokens()
+    tokenizer = plain()
+    assert not list(tokenizer.parameters())
+    mask = padding_mask([(64, 128), (32, 80)], (64, 128))
+    output = tokenizer(maps, mask)
+    assert torch.equal(output.features, tokens.features)
+    assert torch.equal(output.padding_mask, tokens.padding_mask)
+    assert torch.equal(output.reference_points, tokens.reference_points)
+    masks = output.split(output.padding_mask)
+    for level, positions in enumerate(output.split(output.positions)):
+        sine = tokenizer.position_embedding(masks[level].unflatten(1, SHAPES[level]))
+        assert torch.equal(positions, sine.flatten(2).transpose(1, 2))
+
+
+def test_image_sizes_are_width_then_height_in_pixels() -> None:
+    tokens, _, _ = build_tokens()
+    assert tokens.image_sizes.tolist() == [[128, 64], [80, 32]]
+    assert tokens.image_sizes.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("chained_levels", "width", "expected"),
+    [
+        (0, 5, ["..###", ".##", ".#"]),
+        (1, 5, ["..###", ".##", ".#"]),
+        (2, 5, ["..###", "..#", ".."]),
+        (0, 8, ["..###", "..#", ".#"]),
+        (1, 8, ["..###", "..#", ".."]),
+        (2, 8, ["..###", "..#", ".."]),
+    ],
+)
+def test_chained_levels(chained_levels: int, width: int, expected: list[str]) -> None:
+    """Levels of 5, 3 and 2 cells over 20 pixels, the first `width` of which are image.
+
+    Cell i of n takes the value at floor(20 i / n): level 0 sees pixels 0, 4, 8, 12, 16; level 1
+    pixels 0, 6, 13; level 2 pixels 0, 10. From level 1 instead, level 2 sees its cells 0 and 1,
+    pixels 0 and 6. And level 1 from level 0 sees its cells 0, 1, 3, which are pixels 0, 4, 12, so
+    that level 2 sees pixels 0 and 4.
+    """
+    mask = torch.ones(1, 3, 20, dtype=torch.bool)
+    mask[..., :width] = False
+    shapes = [(1, 5), (1, 3), (1, 2)]
+    masks = plain(num_levels=3, chained_levels=chained_levels).level_masks(mask, shapes)
+    assert ["".join("#" if cell else "." for cell in m[0, 0].tolist()) for m in masks] == expected
+
+
+def test_chained_masks_reach_the_tokens() -> None:
+    """Sine positions, valid ratios and centres all follow from the masks of the levels."""
+    shapes = [(1, 5), (1, 3), (1, 2)]
+    maps = [torch.randn(1, 4, *shape) for shape in shapes]
+    mask = torch.ones(1, 3, 20, dtype=torch.bool)
+    mask[..., :8] = False
+    tokens = plain(num_levels=3, chained_levels=1)(maps, mask)
+    assert tokens.padding_mask[0, 8:].tolist() == [False, False]
+    torch.testing.assert_close(
+        tokens.valid_ratios[0], torch.tensor([[2 / 5, 1.0], [2 / 3, 1.0], [1.0, 1.0]])
+    )
+    tokens = plain(num_levels=3)(maps, mask)
+    assert tokens.padding_mask[0, 8:].tolist() == [False, True]
+    torch.testing.assert_close(tokens.valid_ratios[0, 2], torch.tensor([0.5, 1.0]))
+    assert tokens.image_sizes.tolist() == [[8, 3]]
+
+
+@pytest.mark.parametrize("chained_levels", [-1, 4])
+def test_the_first_level_is_resized_from_the_image(chained_levels: int) -> None:
+    message = rf"tokenizer.chained_levels={chained_levels} must be in \[0, num_levels=4\)"
+    with pytest.raises(ConfigError, match=message):
+        plain(chained_levels=chained_levels)

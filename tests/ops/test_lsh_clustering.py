@@ -1,17 +1,16 @@
-"""LSH clustering: plain PyTorch and the compiled operators against loops and official numbers."""
+"""LSH clustering: plain PyTorch and the compiled operators against loops.
+
+The numbers of the official implementation are compared in `tests/golden_families`.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,141 +33,6 @@ needs_compiled = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 both = pytest.mark.parametrize(
     "implementation", ["pytorch", pytest.param("compiled", marks=needs_compiled)]
 )
-
-
-# Against the official implementation -------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "official" in metafunc.fixturenames:
-        files = [
-            file
-            for folder in metafunc.config.getoption("golden")
-            for file in sorted(Path(folder).rglob("act_attention*.json"))
-        ]
-        cases = [(file, name) for file in files for name in json.loads(file.read_text())["cases"]]
-        ids = [f"{file.stem}-{name}" for file, name in cases]
-        metafunc.parametrize("official", cases, ids=ids, indirect=True)
-
-
-class Official:
-    """One case of a fixture: sizes, and tensors by name, with rows split into B and H."""
-
-    def __init__(self, file: Path, name: str) -> None:
-        info = json.loads(file.read_text())
-        self.sizes: dict[str, Any] = info["cases"][name]
-        self.images = info["config"]["B"]
-        tensors = load_file(file.with_suffix(".safetensors"))
-        self.tensors = {
-            key.partition("/")[2]: value
-            for key, value in tensors.items()
-            if key.partition("/")[0] == name
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def rows(self, name: str) -> Tensor:
-        return self.tensors[name].unflatten(0, (self.images, -1))
-
-    def projections(self, side: str, *, published: bool) -> HashProjections:
-        directions = self[f"{side}_proj"][0]
-        make = published_multipliers if published else distinct_multipliers
-        return HashProjections(
-            directions, self[f"{side}_bias"][0, :, 0], self.sizes["r"], make(directions.shape[1])
-        )
-
-    @property
-    def clustered(self) -> list[str]:
-        """The sides that are clustered: queries, keys or both."""
-        return [side for side in "qk" if self.sizes[f"group_{side.upper()}"]]
-
-
-@pytest.fixture
-def official(request: pytest.FixtureRequest) -> Official:
-    return Official(*request.param)
-
-
-def canonical(labels: Tensor) -> Tensor:
-    """Labels of each row (the last dimension), numbered by first appearance."""
-    rows = []
-    for row in labels.reshape(-1, labels.shape[-1]).tolist():
-        numbers: dict[int, int] = {}
-        rows.append([numbers.setdefault(label, len(numbers)) for label in row])
-    return torch.tensor(rows, dtype=torch.int64).reshape(labels.shape)
-
-
-@both
-def test_official_clusters(official: Official, implementation: str) -> None:
-    for side in official.clustered:
-        points = official.rows(side)
-        projections = official.projections(side, published=True)
-        keys = hash_keys(points, projections, implementation=implementation)
-        # The official keys are shifted by one constant a row.
-        shift = keys - official.rows(f"{side}_key")
-        assert shift.eq(shift[..., :1]).all()
-        clusters = group_by_key(keys, implementation=implementation)
-        assert clusters.ids.equal(official.rows(f"{side}_cluster_canonical").long())
-        # Theirs are numbered by key: let every token say what it sees of its own cluster.
-        theirs = official.rows(f"{side}_cluster_official").long()
-        counts = official.rows(f"{side}_counts_official").long()
-        assert clusters.counts.gather(2, clusters.ids).equal(counts.gather(2, theirs))
-        assert clusters.counts.shape == counts.shape
-        prototypes = cluster_mean(
-            points, clusters.ids, clusters.counts, implementation=implementation
-        )
-        torch.testing.assert_close(
-            cluster_broadcast(prototypes, clusters.ids, implementation=implementation),
-            cluster_broadcast(
-                official.rows(f"{side}_prototypes_official"), theirs, implementation="pytorch"
-            ),
-            atol=1e-5,
-            rtol=1e-5,
-        )
-
-
-@both
-def test_distinct_keys_never_mix_cells(official: Official, implementation: str) -> None:
-    for side in official.clustered:
-        clusters = cluster_tokens(
-            official.rows(side),
-            official.projections(side, published=False),
-            implementation=implementation,
-        )
-        assert clusters.ids.equal(canonical(official.rows(f"{side}_cluster_exact")))
-        per_row = clusters.num_clusters.flatten().tolist()
-        assert per_row == official.sizes[f"{side}_clusters_exact_per_row"]
-
-
-@both
-def test_official_attention_and_gradients(official: Official, implementation: str) -> None:
-    """Attention over prototypes, as the paper has it, with these operators inside."""
-    chosen = {"implementation": implementation}
-    q, k, v = (official.rows(name).clone().requires_grad_() for name in "qkv")
-    clusters = {
-        side: cluster_tokens(points, official.projections(side, published=True), **chosen)
-        for side, points in (("q", q), ("k", k))
-        if side in official.clustered
-    }
-    query, key, value, log_counts = q, k, v, torch.zeros(())
-    if "q" in clusters:
-        query = cluster_mean(q, clusters["q"].ids, clusters["q"].counts, **chosen)
-    if "k" in clusters:
-        grouping = clusters["k"]
-        key, value = (cluster_mean(x, grouping.ids, grouping.counts, **chosen) for x in (k, v))
-        log_counts = grouping.counts.log().unsqueeze(2)  # -inf where there is no cluster
-    logits = query @ key.transpose(2, 3) * official.sizes["softmax_temp"] + log_counts
-    if "key_padding_mask" in official.tensors:
-        mask = official["key_padding_mask"][:, None, None]
-        logits = logits.masked_fill(mask, -math.inf)
-    output = logits.softmax(-1) @ value
-    if "q" in clusters:
-        output = cluster_broadcast(output, clusters["q"].ids, **chosen)
-    torch.testing.assert_close(output, official.rows("out"), atol=2e-5, rtol=1e-4)
-    gradients = torch.autograd.grad(output, [q, k, v], official.rows("upstream"))
-    for name, gradient in zip("qkv", gradients, strict=True):
-        expected = official.rows(f"grad_{name}")
-        torch.testing.assert_close(gradient, expected, atol=5e-5, rtol=1e-3, msg=f"grad_{name}")
 
 
 # Keys --------------------------------------------------------------------------------------------

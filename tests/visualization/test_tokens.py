@@ -3,15 +3,20 @@ import pytest
 import torch
 from torch import nn
 
+from efficient_detr.modeling.attention import DeformableDecoderAttention
 from efficient_detr.structures import DecoderOutput, DetectorOutput, TokenSelection
 from efficient_detr.visualization.tokens import (
     TokenExample,
     collect_token_examples,
     layers_keeping_tokens,
     light_kept_tokens,
+    light_values,
+    save_token_maps,
     save_tokens,
+    token_maps_figure,
     tokens_figure,
 )
+from tests.tiny_models import random_tokens
 
 SHAPES = [(2, 3), (1, 2)]  # tokens 0 to 5 and 6 to 7
 
@@ -93,6 +98,21 @@ class TestLightKeptTokens:
         assert picture[:, :195].mean() + 50 < picture[:, 205:].mean()
 
 
+class TestLightValues:
+    def test_higher_values_are_brighter(self):
+        image = np.full((10, 30, 3), 128, dtype=np.uint8)
+        picture = light_values(image, np.array([[0.0, 0.4, 1.0]]), (10, 30), longer_side=300)
+        brightness = [picture[50, x].astype(int).sum() for x in (50, 150, 250)]
+        assert brightness == sorted(brightness) and brightness[0] + 100 < brightness[2]
+
+    def test_padding_is_left_out(self):
+        image = np.full((40, 40, 3), 128, dtype=np.uint8)
+        values = np.array([[1.0, 0.0, 1.0, 1.0]])  # each token is 20 pixels wide
+        picture = light_values(image, values, (40, 80), longer_side=200)
+        assert picture.shape == (200, 200, 3)
+        assert (picture[100, 50] != picture[100, 150]).any()
+
+
 class Detector(nn.Module):
     """Keeps token 0 of every image in its only layer."""
 
@@ -105,7 +125,7 @@ class Detector(nn.Module):
         boxes = torch.zeros(1, batch, 2, 4)
         decoder = DecoderOutput(torch.zeros(1, batch, 2, 3), boxes, boxes)
         kept = selection([[[0]] * batch], [1] * batch) if self.select else None
-        return DetectorOutput(decoder=decoder, spatial_shapes=SHAPES, selection=kept)
+        return DetectorOutput(decoder=decoder, memory=random_tokens(SHAPES), selection=kept)
 
 
 class Model(nn.Module):
@@ -152,6 +172,60 @@ class TestCollect:
 
     def test_a_model_that_keeps_every_token_has_no_examples(self):
         assert collect_token_examples(Model(select=False), inputs((32, 48))) == []
+
+
+class Attending(Model):
+    """A model whose detector attends twice to the tokens, all at the centre of the image."""
+
+    def __init__(self):
+        super().__init__()
+        attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=1)
+        nn.init.zeros_(attention.sampling_offsets.bias)
+        self.detector.attention = attention
+        self.detector.register_forward_hook(self.attend)
+
+    def attend(self, detector, args, output):
+        query = torch.zeros(len(args[0]), 5, 8)
+        memory = output.memory
+        for _ in range(2):
+            detector.attention(query, query, torch.full((len(query), 5, 2), 0.5), memory, query)
+
+
+class TestMaps:
+    def test_scores_are_probabilities_by_level(self):
+        (example,) = collect_token_examples(Model(), inputs((32, 48)))
+        assert [scores.shape for scores in example.scores] == SHAPES
+        np.testing.assert_array_equal(example.scores[0], 0.5)
+        assert example.attention == []
+
+    def test_attention_adds_up_over_the_layers(self):
+        """Two layers of two heads and five queries spend 20, half of it on either level.
+
+        The centre is row 1, column 1.5 of 2 x 3 tokens, and row 0.5, column 1 of 1 x 2: there, half
+        falls off the lower border.
+        """
+        model = Attending()
+        (example,) = collect_token_examples(model, inputs((32, 48)))
+        np.testing.assert_allclose(example.attention[0], [[0, 0, 0], [0, 5, 5]])
+        np.testing.assert_allclose(example.attention[1], [[0, 5]])
+        assert not model.get_submodule("detector.attention")._forward_pre_hooks
+
+    def test_there_are_three_rows_for_each_image(self, tmp_path):
+        examples = collect_token_examples(Attending(), inputs((32, 48))) * 2
+        figure = token_maps_figure(examples)
+        titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+        rows = ["scores", "attention of the decoder", "kept tokens"]
+        assert titles == [t for row in rows for t in (row, "level 1", "level 2")] * 2
+        notes = {text.get_text() for axis in figure.axes for text in axis.texts}
+        # 10 of 15 and 5 of 15.
+        assert {"67% of the attention", "33% of the attention", "up to 0.50"} <= notes
+        path = save_token_maps(examples, tmp_path / "maps.png")
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_without_attention_there_are_two(self):
+        figure = token_maps_figure(collect_token_examples(Model(), inputs((32, 48))))
+        titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+        assert titles == ["scores", "level 1", "level 2", "kept tokens", "level 1", "level 2"]
 
 
 class TestFigure:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention import (
     DeformableDecoderAttention,
     DeformableEncoderAttention,
 )
 from efficient_detr.ops import library
 from efficient_detr.ops.deformable_attention_pytorch import sample_by_grid_sample
+from efficient_detr.structures import FeatureTokens
 from tests.tiny_models import random_tokens
 
 SHAPES = [(4, 6), (2, 3)]
 NO_KERNELS = library.missing_reason(torch.device("cpu"))
+
+
+def attend(
+    attention: Any, query: Tensor, position: Tensor, reference: Tensor, tokens: FeatureTokens
+) -> Tensor:
+    """Call either form with a fifth argument that deformable attention does not read."""
+    if isinstance(attention, DeformableDecoderAttention):
+        return attention(query, position, reference, tokens, torch.full_like(query, math.nan))
+    return attention(query, position, reference, tokens, torch.ones(query.shape[:2]).bool())
 
 
 def test_initial_offsets_form_a_ring() -> None:
@@ -86,7 +99,7 @@ def test_encoder_attention_formula() -> None:
         reference[:, :, None, :, None] + offsets / sizes,
         weights.reshape(2, 5, 2, 2, 3),
     )
-    output = attention(query, position, reference, tokens)
+    output = attend(attention, query, position, reference, tokens)
     torch.testing.assert_close(output, attention.output_projection(sampled))
 
 
@@ -95,15 +108,15 @@ def test_decoder_attention_scales_boxes_by_the_valid_ratios() -> None:
     attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
     tokens = random_tokens(SHAPES, sizes=[(16, 24), (32, 48)])
     seen = []
-    attend = attention.attend
+    original = attention.attend
 
-    def spy(query: torch.Tensor, reference: torch.Tensor, memory: object) -> torch.Tensor:
+    def spy(query: Tensor, reference: Tensor, memory: object) -> Tensor:
         seen.append(reference)
-        return attend(query, reference, tokens)
+        return original(query, reference, tokens)
 
     attention.attend = spy  # type: ignore[method-assign]
     boxes = torch.rand(2, 3, 4)
-    attention(torch.randn(2, 3, 8), torch.randn(2, 3, 8), boxes, tokens)
+    attend(attention, torch.randn(2, 3, 8), torch.randn(2, 3, 8), boxes, tokens)
     # 16 of 32 rows and 24 of 48 columns are image on level 0, one of two rows on level 1, and
     # columns 0 and 1 of three (pixels 0 and 16; the third cell is pixel 32).
     ratios = torch.tensor([[[0.5, 0.5], [2 / 3, 0.5]], [[1.0, 1], [1, 1]]]).repeat(1, 1, 2)
@@ -120,14 +133,14 @@ def test_padding_contributes_nothing(family: type) -> None:
     reference = (
         torch.rand(1, 4, 4) if family is DeformableDecoderAttention else torch.rand(1, 4, 2, 2)
     )
-    expected = attention(query, position, reference, tokens)
+    expected = attend(attention, query, position, reference, tokens)
     changed = tokens.features.masked_fill(tokens.padding_mask.unsqueeze(-1), 1e6)
-    output = attention(query, position, reference, tokens.with_features(changed))
+    output = attend(attention, query, position, reference, tokens.with_features(changed))
     torch.testing.assert_close(output, expected)
     # A box whose points all lie on padding: nothing but the (zero) bias of the output.
     if family is DeformableDecoderAttention:
         outside = torch.tensor([1.8, 1.8, 0.01, 0.01]).expand(1, 4, 4)
-        assert attention(query, position, outside, tokens).eq(0).all()
+        assert attend(attention, query, position, outside, tokens).eq(0).all()
 
 
 def test_weights_start_equal() -> None:
@@ -138,7 +151,7 @@ def test_weights_start_equal() -> None:
     tokens = random_tokens([(9, 9)], channels=4)
     constant = tokens.with_features(torch.tensor([1.0, 2, 3, 4]).expand(1, 81, 4))
     center = torch.full((1, 1, 1, 2), 0.5)
-    output = attention(torch.randn(1, 1, 4), torch.randn(1, 1, 4), center, constant)
+    output = attend(attention, torch.randn(1, 1, 4), torch.randn(1, 1, 4), center, constant)
     torch.testing.assert_close(output[0, 0], torch.tensor([1.0, 2, 3, 4]))
 
 
@@ -149,7 +162,7 @@ def test_locations_stay_in_float32_under_autocast() -> None:
     reference = torch.full((1, 1, 1, 2), 0.7003)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         locations = attention.sampling_locations(torch.randn(1, 1, 8), reference, tokens)
-        output = attention(torch.randn(1, 1, 8), torch.randn(1, 1, 8), reference, tokens)
+        output = attend(attention, torch.randn(1, 1, 8), torch.randn(1, 1, 8), reference, tokens)
     assert locations.dtype is torch.float32
     torch.testing.assert_close(locations[0, 0, 0, 0, 0, 0].item(), 0.7003 + 1 / 500)
     assert output.isfinite().all()
@@ -164,7 +177,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     attention = DeformableEncoderAttention(channels=8, num_heads=2, num_levels=2, num_points=2)
     tokens = random_tokens(SHAPES)
     active = tokens.all_active()
-    output = attention(active.features, active.positions, active.reference_points, tokens)
+    output = attend(attention, active.features, active.positions, active.reference_points, tokens)
     output.square().sum().backward()
     for name, parameter in attention.named_parameters():
         assert parameter.grad is not None, name
@@ -192,7 +205,7 @@ def test_same_with_and_without_kernels(
         monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, implementation)
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            output = attention(*leaves, tokens)
+            output = attend(attention, *leaves, tokens)
         everything = [*leaves, *attention.parameters()]
         grads = torch.autograd.grad(output, everything, upstream.to(output.dtype))
         results.append([output, *grads])
@@ -202,3 +215,55 @@ def test_same_with_and_without_kernels(
         assert ours.dtype is expected.dtype
         scale = max(1.0, expected.abs().max().item())
         assert (ours - expected).abs().max() <= tolerance * scale
+
+
+def test_decoder_attention_scales_points_by_the_valid_ratios() -> None:
+    """Half the rows and two thirds of the columns of a level are image: so lies the point."""
+    attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=1)
+    torch.nn.init.zeros_(attention.sampling_offsets.bias)
+    tokens = random_tokens(SHAPES, sizes=[(16, 24), (32, 48)])
+    points = torch.tensor([[[0.6, 0.8]], [[0.6, 0.8]]])
+    query = torch.randn(2, 1, 8)
+    locations, weights = attention.sampling(query, query, points, tokens)
+    assert locations.shape == (2, 1, 2, 2, 1, 2)
+    expected = torch.tensor([[[0.3, 0.4], [0.4, 0.4]], [[0.6, 0.8], [0.6, 0.8]]])
+    torch.testing.assert_close(locations[:, 0, 0, :, 0], expected)
+    torch.testing.assert_close(weights, torch.full((2, 1, 2, 2, 1), 0.5))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sampling_is_what_the_attention_does(size: int) -> None:
+    """Locations and weights, put through the plain operator, give the attention's output."""
+    attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = random_tokens(SHAPES, batch=2)
+    query, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    references = torch.rand(2, 5, size)
+    locations, weights = attention.sampling(query, position, references, tokens)
+    torch.testing.assert_close(weights.sum((-2, -1)), torch.ones(2, 5, 2))
+    values = attention.value_projection(tokens.features).unflatten(2, (2, 4))
+    sampled = sample_by_grid_sample(values, SHAPES, locations, weights)
+    output = attend(attention, query, position, references, tokens)
+    torch.testing.assert_close(output, attention.output_projection(sampled))
+
+
+def test_token_attention_adds_up_to_queries_times_heads() -> None:
+    """All sampling points lie inside, so nothing of 5 queries with 2 heads is lost."""
+    attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
+    torch.nn.init.zeros_(attention.sampling_offsets.bias)
+    tokens = random_tokens(SHAPES, batch=2)
+    query = torch.randn(2, 5, 8)
+    # Up to half a cell from the last row and column, where the published map drops a part.
+    points = torch.rand(2, 5, 2) * 0.45
+    attended = attention.token_attention(query, query, points, tokens)
+    assert attended.shape == (2, 30) and not attended.requires_grad
+    torch.testing.assert_close(attended.sum(1), torch.full((2,), 10.0))
+
+
+def test_deformable_attention_needs_references() -> None:
+    attention: Any = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2)
+    assert attention.needs_references
+    query = torch.zeros(1, 2, 8)
+    with pytest.raises(ConfigError, match=r"DeformableDecoderAttention needs reference boxes or"):
+        attention(query, query, None, random_tokens(SHAPES), query)

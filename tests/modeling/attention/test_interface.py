@@ -17,4 +17,4 @@ def test_forward_is_abstract(interface: type) -> None:
     tokens = random_tokens([(2, 2)])
     query = torch.zeros(1, 3, 8)
     with pytest.raises(NotImplementedError, match="Unfinished does not define forward"):
-        Unfinished()(query, query, torch.zeros(1, 3, 4), tokens)
+        Unfinished()(query, query, torch.zeros(1, 3, 4), tokens, query)

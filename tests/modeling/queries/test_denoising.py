@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from efficient_detr.boxes import cxcywh_to_xyxy, inverse_sigmoid
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.queries import ContrastiveDenoising
 from efficient_detr.modeling.queries.denoising import DenoisingNoise, denoising_mask
 from efficient_detr.structures import DenoisingGroups, Queries, Targets
@@ -19,7 +20,9 @@ def build(**changes: object) -> ContrastiveDenoising:
 
 
 def matching_queries(batch: int = 2, number: int = 3) -> Queries:
-    return Queries(torch.randn(batch, number, 4), torch.rand(batch, number, 4))
+    return Queries(
+        content=torch.randn(batch, number, 4), reference_boxes=torch.rand(batch, number, 4)
+    )
 
 
 def no_noise(targets: list[Targets], groups: DenoisingGroups) -> DenoisingNoise:
@@ -232,3 +235,9 @@ def test_labels_and_boxes_are_not_changed_in_place() -> None:
     assert torch.equal(targets[0].boxes, before[0])
     assert torch.equal(targets[0].labels, before[1])
     assert inverse_sigmoid(targets[0].boxes).isfinite().all()
+
+
+def test_queries_without_boxes() -> None:
+    queries = Queries(torch.zeros(1, 3, 4), position=torch.zeros(1, 3, 4))
+    with pytest.raises(ConfigError, match="denoising needs queries with reference boxes: use two"):
+        build()(queries, targets_of([BOX_A]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
 from tests.tiny_models import random_tokens
@@ -93,3 +94,26 @@ def test_gradients_are_finite_although_boxes_are_infinite() -> None:
     assert features.grad is not None and features.grad.isfinite().all()
     for parameter in module.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all()
+
+
+def test_without_a_head_tokens_are_only_transformed() -> None:
+    """For a selection in front of learned queries; the same transform, and no predictions."""
+    whole = build()
+    module = ProposalHead(channels=8)
+    module.load_state_dict(
+        {name: value for name, value in whole.state_dict().items() if "head" not in name}
+    )
+    tokens = random_tokens(SHAPES, sizes=[(32, 64), (16, 40)])
+    assert torch.equal(
+        module.transform(tokens, tokens.features), whole.transform(tokens, tokens.features)
+    )
+    with pytest.raises(ConfigError, match=r"detector.proposals \(ProposalHead\) cannot predict"):
+        module(tokens)
+
+
+def test_anchor_logits_are_the_boxes_before_the_sigmoid() -> None:
+    module, tokens = build(), random_tokens(SHAPES, sizes=[(32, 64), (16, 40)])
+    boxes, valid = module.proposal_boxes(tokens)
+    logits = module.anchor_logits(tokens)
+    torch.testing.assert_close(logits[valid].sigmoid(), boxes[valid])
+    assert logits[~valid].eq(torch.inf).all()

@@ -1,0 +1,59 @@
+"""Models from the configs of the project, at the sizes that a fixture gives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import LazyConfig, instantiate
+from torch import Tensor, nn
+
+from efficient_detr.checkpoint import KeyRule, convert_keys
+from efficient_detr.meta_arch import EfficientDETR
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "common" / "models"
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+class StoredBackbone(nn.Module):
+    """Returns stored feature maps, whatever the image."""
+
+    def __init__(self, features: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.features = dict(features)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.features
+
+
+@functools.cache
+def builder(file: str, function: str) -> Any:
+    """A function of `configs/common/models/<file>.py`."""
+    return LazyConfig.load(str(CONFIGS / f"{file}.py"), function)
+
+
+def last_stages(count: int) -> tuple[str, ...]:
+    """Names of the last stages of a ResNet."""
+    return STAGES[-count:]
+
+
+def build(
+    config: Any,
+    features: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    rules: Sequence[KeyRule],
+) -> EfficientDETR:
+    """A model in evaluation mode that starts at stored backbone maps.
+
+    Args:
+        config: the model's LazyConfig.
+        features: the backbone's maps.
+        state: the weights, under their official keys; all of the model's, and no others.
+        rules: official keys -> ours.
+    """
+    model: EfficientDETR = instantiate(config)
+    model.detector.backbone = StoredBackbone(features)
+    model.load_state_dict(convert_keys(state, rules), strict=True)
+    return model.eval()
