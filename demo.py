@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from detectron2.data import MetadataCatalog
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -22,31 +21,24 @@ from efficient_detr.engine.checks import (
     dataset_names,
     load_config,
 )
+from efficient_detr.engine.commands import (
+    NO_PICTURE_STATUS,
+    picture_parser,
+    report_user_error,
+    start_logging,
+)
 from efficient_detr.engine.predictor import Predictor, output_paths, picture_files, save_picture
-from efficient_detr.engine.train import set_up_logging
 from efficient_detr.errors import UserError
 
 logger = logging.getLogger("efficient_detr.demo")
 
-NO_PICTURE_STATUS = 1
-USER_ERROR_STATUS = 2
-
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; ``--opts`` must come last, because it takes all that follows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig")
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="pictures, folders of pictures or glob patterns"
-    )
+    """The command line."""
+    parser = picture_parser(__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="draw boxes from this score on"
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, path.to.key=value"
     )
     return parser
 
@@ -61,14 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if no picture could be handled, 2 after an error of the command line.
     """
     args = build_parser().parse_args(argv)
-    setup_logger(name="fvcore")
-    setup_logger()
-    set_up_logging()
+    start_logging()
     try:
         done = _detect(args)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     return 0 if done else NO_PICTURE_STATUS
 
 

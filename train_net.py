@@ -20,10 +20,10 @@ from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from efficient_detr.engine.checks import check_config, load_config
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.engine.train import run
 from efficient_detr.errors import UserError
 
-USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=(cfg, args),
         )
     except UserError as error:
-        return _report(error)
+        return report_user_error(error)
     except ProcessExitedException as error:
         # A worker process that met a UserError has reported it itself.
         return error.exit_code if isinstance(error.exit_code, int) else 1
@@ -74,12 +74,7 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
     except UserError as error:
         if args.num_gpus * args.num_machines <= 1:
             raise
-        sys.exit(_report(error))
-
-
-def _report(error: UserError) -> int:
-    sys.stderr.write(f"Error: {error}\n")
-    return USER_ERROR_STATUS
+        sys.exit(report_user_error(error))
 
 
 if __name__ == "__main__":

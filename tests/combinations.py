@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
-import torch
 from detectron2.config import instantiate
 
 from efficient_detr.errors import ConfigError
@@ -65,6 +64,7 @@ from tests.combination_parts import (
     EncoderKind,
     config,
 )
+from tests.tiny_models import with_noise
 
 ENCODER_ATTENTIONS = {
     "deformable (Deformable DETR)": DeformableEncoderAttention,
@@ -172,12 +172,12 @@ def query_combinations() -> list[Combination]:
     ]
 
 
-def other_combinations() -> list[Combination]:
+def other_combinations() -> dict[str, list[Combination]]:
     """Parts that are no row or column of a table, each with several neighbours."""
     dense = EncoderKind("dense", DenseEncoderAttention)
     points = (DeformableDecoderAttention, ReferencePointQueries)
-    others = [
-        # Clustered self-attention in every decoder but the one that has it in its column.
+    # In every decoder but the one that has it in its column.
+    clustered = [
         Combination(
             dense,
             dataclasses.replace(
@@ -188,7 +188,7 @@ def other_combinations() -> list[Combination]:
         for decoder in DECODERS
         if decoder.self_attention is SelfAttention
     ]
-    others += [
+    refined = [
         Combination(dense, DecoderKind(refinement.__name__, *parts, refinement), num_levels=3)
         for refinement in (FixedReferences, IterativeRefinement, LookForwardTwice)
         for parts in [
@@ -199,7 +199,7 @@ def other_combinations() -> list[Combination]:
         ]
     ]
     attentions = [kind for kind in ENCODER_ATTENTIONS.values() if kind is not PyramidEncoder]
-    others += [
+    pre_norm = [
         Combination(
             EncoderKind(f"{attention.__name__}, pre-norm", attention, None, PreNormEncoderLayer),
             DecoderKind("pre-norm", *parts, layer=PreNormDecoderLayer),
@@ -211,19 +211,21 @@ def other_combinations() -> list[Combination]:
             strict=True,
         )
     ]
-    return others
+    return {
+        "Clustered self-attention among the queries (`ClusteredSelfAttention`)": clustered,
+        "Rules by which boxes follow from corrections": refined,
+        "Pre-norm layers (`PreNormEncoderLayer`, `PreNormDecoderLayer`)": pre_norm,
+    }
 
 
 def build(combination: Combination) -> EfficientDETR:
     """A model in training mode, with weights off their start values.
 
-    A little noise takes every parameter away from starts, such as zeros, that block gradients.
-
     Raises:
         ConfigError: if the combination makes no sense.
     """
     try:
-        model = with_noise(instantiate(config(combination)))
+        model: EfficientDETR = with_noise(instantiate(config(combination)))
     except ConfigError as error:
         _REFUSALS[combination] = str(error)
         raise
@@ -237,14 +239,6 @@ def refusal(combination: Combination) -> str | None:
         with contextlib.suppress(ConfigError):
             build(combination)
     return _REFUSALS[combination]
-
-
-def with_noise(model: EfficientDETR) -> EfficientDETR:
-    """Add a little noise to every parameter."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 # Why what a detector predicts for an image may depend on the images beside it. Everything else is

@@ -1,5 +1,6 @@
 """Set-up of all tests: one thread, fixed seeds, no windows; `--golden` and the marker `gpu`."""
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -53,3 +54,19 @@ def _seeded() -> Iterator[None]:
     if torch.get_default_dtype() is not torch.float32:
         torch.set_default_dtype(torch.float32)
         pytest.fail("the test changed torch's default dtype and did not restore it")
+
+
+@pytest.fixture(autouse=True)
+def _open_streams() -> Iterator[None]:
+    """Takes loggers off the captured streams of a test that is over.
+
+    Detectron2's `setup_logger` keeps its handlers for the life of the process, and a message to a
+    closed stream prints a traceback into the output of a later test.
+    """
+    yield
+    for name in (None, *logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            stream = getattr(handler, "stream", None)
+            if stream is not None and getattr(stream, "closed", False):
+                logger.removeHandler(handler)

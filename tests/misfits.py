@@ -81,7 +81,16 @@ class Misfit:
 
 def misfits() -> list[Misfit]:
     """All of them, by subject."""
-    return [*_levels(), *_selections(), *_queries(), *_losses(), *_classes(), *_distillation()]
+    return [
+        *_levels(),
+        *_selections(),
+        *_query_positions(),
+        *_proposals(),
+        *_centers(),
+        *_losses(),
+        *_classes(),
+        *_distillation(),
+    ]
 
 
 def _levels() -> list[Misfit]:
@@ -164,16 +173,11 @@ def _selections() -> list[Misfit]:
     ]
 
 
-def _queries() -> list[Misfit]:
-    proposals = L(ProposalHead)(channels=CHANNELS, head=head_config())
-    cross_attention = "detector.decoder.layers.0.cross_attention"
+def _query_positions() -> list[Misfit]:
     noised = DecoderKind("", DeformableDecoderAttention, BoxEmbeddedQueries, denoising=True)
     noised_points = DecoderKind(
         "", DeformableDecoderAttention, ReferencePointQueries, denoising=True
     )
-    selective = DecoderKind("", SELECTIVE.attention, ReferencePointQueries)
-    center_prediction = config(Combination(DEFORMABLE, SELECTIVE, 3)).detector.decoder.layers[0]
-    center_prediction = center_prediction.cross_attention.center_prediction
     return [
         Misfit(
             "denoising for queries without boxes",
@@ -211,6 +215,11 @@ def _queries() -> list[Misfit]:
                 "detector.decoder.query_position": L(StoredQueryPosition)(),
             },
         ),
+    ]
+
+
+def _proposals() -> list[Misfit]:
+    return [
         Misfit(
             "two-stage queries without proposals",
             DEFORMABLE,
@@ -230,7 +239,7 @@ def _queries() -> list[Misfit]:
             DEFORMABLE,
             DENSE,
             ("ProposalHead", "LearnedQueries"),
-            {"detector.proposals": proposals},
+            {"detector.proposals": L(ProposalHead)(channels=CHANNELS, head=head_config())},
         ),
         Misfit(
             "a head of proposals that nothing trains",
@@ -239,28 +248,35 @@ def _queries() -> list[Misfit]:
             ("ProposalHead", "LearnedQueries"),
             {"detector.proposals.head": head_config()},
         ),
+    ]
+
+
+def _centers() -> list[Misfit]:
+    first, second = (f"detector.decoder.layers.{index}.cross_attention" for index in range(2))
+    selective = DecoderKind("", SELECTIVE.attention, ReferencePointQueries)
+    layer = config(Combination(DEFORMABLE, SELECTIVE, 3)).detector.decoder.layers[0]
+    center_prediction = layer.cross_attention.center_prediction
+    return [
         Misfit(
             "modulated attention that nobody gives a centre",
             DEFORMABLE,
             SELECTIVE,
             ("ScaleSelectiveModulatedAttention", "LearnedQueries"),
-            {f"{cross_attention}.center_prediction": None},
+            {f"{first}.center_prediction": None},
         ),
         Misfit(
             "predicted centres for queries that have reference points",
             DEFORMABLE,
             selective,
             ("ScaleSelectiveModulatedAttention", "ReferencePointQueries"),
-            {f"{cross_attention}.center_prediction": center_prediction},
+            {f"{first}.center_prediction": center_prediction},
         ),
         Misfit(
             "centres predicted in a later layer",
             DEFORMABLE,
             SELECTIVE,
             ("ScaleSelectiveModulatedAttention", "TransformerDecoder"),
-            {
-                "detector.decoder.layers.1.cross_attention.center_prediction": center_prediction,
-            },
+            {f"{second}.center_prediction": center_prediction},
         ),
     ]
 

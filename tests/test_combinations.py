@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.losses.distillation import BoxDistillationLoss
 from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.attention.clustered import ClusteredEncoderAttention
 from efficient_detr.modeling.attention.intra_scale import IntraScaleAttention
 from efficient_detr.modeling.attention.spatially_modulated import (
     ScaleSelectiveModulatedAttention,
     SpatiallyModulatedAttention,
 )
-from efficient_detr.modeling.decoder import BoxQueryPosition, PreNormDecoderLayer
+from efficient_detr.modeling.decoder import PreNormDecoderLayer
 from efficient_detr.modeling.distillation import DistillationDetector
 from efficient_detr.modeling.encoder import DualAttentionEncoderLayer
 from efficient_detr.modeling.pyramid_encoder import PyramidEncoder
 from efficient_detr.modeling.queries import LearnedQueries
-from efficient_detr.structures import DetectorOutput, FeatureTokens, Proposals, Queries
+from efficient_detr.structures import DetectorOutput, Proposals
 from tests.combination_parts import CHANNELS, Combination, DecoderKind, config
 from tests.combinations import (
     PADDING_TRAITS,
@@ -33,11 +38,16 @@ from tests.combinations import (
     other_combinations,
     padding_traits,
     query_combinations,
-    with_noise,
 )
 from tests.misfits import CLUSTERED, DENSE, POINTS, SELECTIVE, Misfit, misfits
-from tests.tiny_models import padding_mask, targets_of, total
-from tools.write_combinations import DOCUMENT, document
+from tests.tiny_models import (
+    padding_mask,
+    targets_of,
+    total,
+    use_unpadded_query_positions,
+    with_noise,
+)
+from tools.write_combinations import DOCUMENT, INTRODUCTION, document
 
 BOXES = [[[0.4, 0.5, 0.3, 0.4], [0.7, 0.6, 0.2, 0.2]], [[0.5, 0.5, 0.9, 0.8]]]
 
@@ -60,7 +70,11 @@ def expected_refusal(combination: Combination) -> list[str]:
     return []
 
 
-COMBINATIONS = [*combinations(), *query_combinations(), *other_combinations()]
+COMBINATIONS = [
+    *combinations(),
+    *query_combinations(),
+    *itertools.chain.from_iterable(other_combinations().values()),
+]
 SENSIBLE = [c for c in COMBINATIONS if not expected_refusal(c)]
 # Convolutions that see the padding cannot be put aside, as the other traits can.
 MASKED = [c for c in SENSIBLE if "convolutions" not in padding_traits(c)]
@@ -86,10 +100,7 @@ def run_training(
     mask = padding_mask(sizes, sizes[0])
     images = torch.randn(2, 3, *sizes[0]).masked_fill(mask[:, None], 0)
     targets = targets_of(*BOXES)
-    output = model.detector(images, mask, targets)
-    losses: dict[str, Tensor] = {}
-    for loss in model.losses:
-        losses |= loss(output, targets)
+    losses = model.compute_losses(model.detector(images, mask, targets), targets)
     total(losses).backward()
     missing = torch.full((), torch.nan)
     return losses, {
@@ -127,17 +138,6 @@ def test_trains(combination: Combination) -> None:
     assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
 
 
-class UnpaddedQueryPosition(BoxQueryPosition):
-    """Embeds the boxes in the frame of the image instead of the padded frame of level 0."""
-
-    def forward(
-        self, queries: Queries, reference_boxes: Tensor | None, memory: FeatureTokens
-    ) -> Tensor:
-        ratios = torch.ones_like(memory.valid_ratios)
-        unpadded = dataclasses.replace(memory, valid_ratios=ratios)
-        return super().forward(queries, reference_boxes, unpadded)
-
-
 def put_aside(traits: list[str], model: EfficientDETR) -> None:
     """Change a model so that padding does not have these published traits."""
     detector: Any = model.detector
@@ -149,9 +149,7 @@ def put_aside(traits: list[str], model: EfficientDETR) -> None:
     if "proposals" in traits:
         detector.proposals.register_forward_hook(score_invalid_last)
     if "positions" in traits:
-        published = detector.decoder.query_position
-        detector.decoder.query_position = UnpaddedQueryPosition(channels=CHANNELS)
-        detector.decoder.query_position.load_state_dict(published.state_dict())
+        use_unpadded_query_positions(model, CHANNELS)
 
 
 def score_invalid_last(head: nn.Module, inputs: Any, proposals: Proposals) -> Proposals:
@@ -243,3 +241,18 @@ def test_distillation(decoder: DecoderKind) -> None:
 def test_the_document_is_up_to_date() -> None:
     """`python -m tools.write_combinations` writes it."""
     assert DOCUMENT.read_text() == document()
+
+
+def test_the_example_of_the_document(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", INTRODUCTION, re.DOTALL)
+    assert example is not None
+    shutil.copytree(DOCUMENT.parents[1] / "configs", tmp_path / "configs")
+    file = tmp_path / "configs" / "own.py"
+    file.write_text(example[1])
+    detector = instantiate(LazyConfig.load(str(file)).model).detector
+    assert {type(layer.attention) for layer in detector.encoder.layers} == {
+        ClusteredEncoderAttention
+    }
+    assert {type(layer.cross_attention) for layer in detector.decoder.layers} == {
+        SpatiallyModulatedAttention
+    }

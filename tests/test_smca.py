@@ -13,7 +13,7 @@ from torch import Tensor
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.attention.gaussian_scale import ConstantScale, HeadScale
-from tests.tiny_models import MODELS, PatchBackbone, image_input, total
+from tests.tiny_models import MODELS, PatchBackbone, image_input, total, with_noise
 
 SIZES: dict[str, Any] = dict(
     num_classes=3, channels=8, num_heads=2, hidden_channels=12, decoder_layers=2, num_queries=5
@@ -79,9 +79,7 @@ def test_all_layers_start_from_the_first_prediction(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_gets_a_gradient(family: str) -> None:
     model = tiny(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    with_noise(model)
     total(model(inputs())).backward()
     silent = {
         name
@@ -102,9 +100,8 @@ def test_scale_is_a_part(scale: type) -> None:
 
 def test_a_batch_gives_what_its_images_give_alone() -> None:
     model = tiny("smca").eval()
+    with_noise(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
         images = torch.zeros(2, 3, 128, 128)
         images[0, :, :64, :96] = torch.randn(3, 64, 96)
         images[1] = torch.randn(3, 128, 128)

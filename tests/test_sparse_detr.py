@@ -14,8 +14,16 @@ from efficient_detr.errors import ConfigError
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention import DenseDecoderAttention
 from efficient_detr.modeling.queries import BoxEmbeddedQueries, FirstClassScore
-from efficient_detr.structures import DetectorOutput
-from tests.tiny_models import MODELS, PatchBackbone, padding_mask, targets_of, total
+from efficient_detr.structures import DetectorOutput, Targets
+from tests.tiny_models import (
+    MODELS,
+    PatchBackbone,
+    padding_mask,
+    run_training,
+    targets_of,
+    total,
+    with_noise,
+)
 
 SIZES: dict[str, Any] = dict(
     in_channels=[8, 12, 16],
@@ -40,28 +48,13 @@ def tiny_config(**arguments: Any) -> Any:
     return build(**{"backbone": L(PatchBackbone)(widths=[8, 12, 16]), **SIZES, **arguments})
 
 
-def with_noise(model: EfficientDETR) -> EfficientDETR:
-    """The model off its start values, where some layers have zero weight."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def run_training(model: EfficientDETR) -> tuple[DetectorOutput, dict[str, Tensor]]:
-    targets = targets_of(*BOXES, labels=LABELS)
-    mask = padding_mask([(64, 96), (48, 64)], (64, 96))
-    images = torch.randn(2, 3, 64, 96).masked_fill(mask[:, None], 0)
-    output = model.detector(images, mask, targets)
-    losses: dict[str, Tensor] = {}
-    for loss in model.losses:
-        losses |= loss(output, targets)
-    return output, losses
+def targets() -> list[Targets]:
+    return targets_of(*BOXES, labels=LABELS)
 
 
 def test_training() -> None:
     """128 tokens, of which the second image has 66: int(0.3 * 128) + 1 and int(0.3 * 66) + 1."""
-    output, losses = run_training(with_noise(instantiate(tiny_config())))
+    output, losses = run_training(with_noise(instantiate(tiny_config())), targets())
     assert output.selection is not None and output.proposal is not None
     assert output.selection.kept_tokens().tolist() == [[39, 20]] * 3
     assert output.decoder.boxes.shape == (2, 2, 12, 4)
@@ -74,7 +67,7 @@ def test_training() -> None:
 
 def test_the_map_holds_the_attention_of_all_queries_heads_and_layers() -> None:
     """Each of 12 queries spends 1 on each of 2 heads and 2 layers; some of it may fall outside."""
-    output, _ = run_training(with_noise(instantiate(tiny_config())))
+    output, _ = run_training(with_noise(instantiate(tiny_config())), targets())
     attention = output.decoder.token_attention
     assert attention is not None and attention.shape == (2, 128)
     spent = attention.sum(1)
@@ -90,7 +83,7 @@ def test_evaluation_computes_nothing_for_the_losses() -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     model = with_noise(instantiate(tiny_config()))
-    _, losses = run_training(model)
+    _, losses = run_training(model, targets())
     total(losses).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -100,7 +93,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_only_the_token_loss_teaches_the_score_head() -> None:
     """The choice of tokens has no gradient, and the decoder's map gives none to the decoder."""
     model = with_noise(instantiate(tiny_config()))
-    _, losses = run_training(model)
+    _, losses = run_training(model, targets())
     losses.pop("loss_token_selection").backward(retain_graph=True)
     taught = {name for name, p in model.detector.named_parameters() if p.grad is not None}
     score_head = dict(
@@ -116,7 +109,7 @@ def test_only_the_token_loss_teaches_the_score_head() -> None:
 def test_bfloat16_autocast() -> None:
     model = with_noise(instantiate(tiny_config()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, losses = run_training(model)
+        output, losses = run_training(model, targets())
     assert output.decoder.token_attention is not None
     assert output.decoder.token_attention.dtype is torch.float32
     total(losses).backward()
@@ -184,7 +177,7 @@ def test_rows_go_on_from_layer_to_layer() -> None:
         layer.register_forward_hook(
             lambda _, args, output: states.append((args[0].features, output))
         )
-    output, _ = run_training(model)
+    output, _ = run_training(model, targets())
     for (_, returned), (received, _) in zip(states, states[1:], strict=False):
         assert torch.equal(received, returned)
     assert output.selection is not None
@@ -201,7 +194,7 @@ def test_without_the_efficient_options() -> None:
         num_queries=12, channels=16, score=L(FirstClassScore)()
     )
     model = with_noise(instantiate(config))
-    output, losses = run_training(model)
+    output, losses = run_training(model, targets())
     assert output.proposal is not None and output.proposal.class_agnostic
     assert output.encoder_layers == [] and "loss_class_enc_0" not in losses
     total(losses).backward()

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from detectron2.config import LazyConfig, instantiate
-from tiny_models import padding_mask
 from torch import Tensor, nn
 from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import (
@@ -26,6 +25,7 @@ from transformers.models.resnet.configuration_resnet import ResNetConfig
 
 from efficient_detr.modeling.detector import Detector
 from efficient_detr.modeling.queries import ProposalHead
+from tests.tiny_models import padding_mask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = [(200, 320), (256, 235)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention.dense import MultiHeadAttention
+from efficient_detr.modeling.decoder import BoxQueryPosition
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
-from efficient_detr.structures import FeatureTokens, SpatialShapes, Targets
+from efficient_detr.structures import (
+    DetectorOutput,
+    FeatureTokens,
+    Queries,
+    SpatialShapes,
+    Targets,
+)
 
 MODELS = Path(__file__).parents[1] / "configs" / "common" / "models"
 
@@ -57,6 +65,13 @@ class PatchBackbone(nn.Module):
         return outputs
 
 
+class FirstChannel(nn.Module):
+    """Stands in for the score head: the score of a token is its first channel."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[..., 0]
+
+
 def tiny_config(family: str, **arguments: Any) -> Any:
     """The LazyConfig of "dino" or "focus_detr" with tiny sizes and `PatchBackbone`."""
     sizes = {"backbone": L(PatchBackbone)(widths=[8, 12, 16]), **SIZES, **arguments}
@@ -68,16 +83,49 @@ def tiny_config(family: str, **arguments: Any) -> Any:
 
 
 def tiny_model(family: str, **arguments: Any) -> EfficientDETR:
-    """A tiny model in training mode, with weights off their start values.
+    """A tiny model in training mode, with weights off their start values."""
+    model: EfficientDETR = with_noise(instantiate(tiny_config(family, **arguments)))
+    return model
+
+
+def with_noise(module: nn.Module, std: float = 0.1) -> Any:
+    """The module with noise on every parameter.
 
     Freshly initialised box heads and sampling offsets have zero weights, behind which parameters
-    get no gradient; a little noise on every parameter puts the model somewhere generic.
+    get no gradient; a little noise puts a model somewhere generic.
     """
-    model: EfficientDETR = instantiate(tiny_config(family, **arguments))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def run_training(
+    model: EfficientDETR, targets: list[Targets]
+) -> tuple[DetectorOutput, dict[str, Tensor]]:
+    """Output and losses of a padded batch of two images, 64 x 96 and 48 x 64 pixels."""
+    mask = padding_mask([(64, 96), (48, 64)], (64, 96))
+    images = torch.randn(2, 3, 64, 96).masked_fill(mask[:, None], 0)
+    output = model.detector(images, mask, targets)
+    return output, model.compute_losses(output, targets)
+
+
+class UnpaddedQueryPosition(BoxQueryPosition):
+    """Embeds the boxes in the frame of the image instead of the padded frame of level 0."""
+
+    def forward(
+        self, queries: Queries, reference_boxes: Tensor | None, memory: FeatureTokens
+    ) -> Tensor:
+        ratios = torch.ones_like(memory.valid_ratios)
+        unpadded = dataclasses.replace(memory, valid_ratios=ratios)
+        return super().forward(queries, reference_boxes, unpadded)
+
+
+def use_unpadded_query_positions(model: EfficientDETR, channels: int = 16) -> None:
+    """The published decoder embeds boxes as seen in the padded batch: put that trait aside."""
+    published = model.detector.decoder.query_position
+    model.detector.decoder.query_position = UnpaddedQueryPosition(channels=channels)
+    model.detector.decoder.query_position.load_state_dict(published.state_dict())
 
 
 def image_input(

@@ -16,10 +16,9 @@ import torch
 from detectron2.config import instantiate
 
 from efficient_detr.engine.checks import check_arguments, check_operators, load_config
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.evaluation import count_flops, count_parameters, describe_cost
-
-USER_ERROR_STATUS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{config_file} at {height}x{width}")
             print(analyze(config_file, args.opts, height, width))
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     return 0
 
 

@@ -34,15 +34,15 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
 from efficient_detr.modeling.attention.clustered import (
     ClusteredAttention,
     exact_attention,
 )
-from efficient_detr.modeling.attention.token_clustering import TokenClustering
+from efficient_detr.modeling.attention.token_clustering import TokenClustering, hashed_queries
 
-USER_ERROR_STATUS = 2
 HEADS, HEAD_CHANNELS = 8, 32
 
 
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = benchmark(arguments)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     print(table(rows, arguments.ratios))
     return 0
 
@@ -183,7 +182,7 @@ def count_clusters(attention: ClusteredAttention, query: Tensor) -> float:
     """Mean number of clusters of a head."""
     clustering = attention.query_clustering
     assert clustering is not None
-    assigned = clustering(query.detach() * HEAD_CHANNELS**-0.5)
+    assigned = clustering(hashed_queries(query))
     return float(assigned.num_clusters.double().mean())
 
 

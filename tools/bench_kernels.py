@@ -47,10 +47,10 @@ from kernel_benchmark.timing import (
 )
 from tqdm import tqdm
 
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 
 WRONG_RESULT_STATUS = 1
-USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 
 
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         findings = benchmark(arguments)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted; --json holds the cases that were finished.\n")
         return INTERRUPTED_STATUS

@@ -48,11 +48,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.attention.gaussian_scale import AxisScale
 from efficient_detr.modeling.attention.spatially_modulated import modulation_bias
 
-USER_ERROR_STATUS = 2
 HEADS, HEAD_CHANNELS, QUERIES, BETA, DROPOUT = 8, 32, 300, 8.0, 0.1
 
 
@@ -341,8 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = benchmark(arguments)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     machine = describe_machine(torch.device(arguments.device))
     where = machine["cpu"] if arguments.device == "cpu" else machine["device"]
     print(f"{where}, {machine['threads']} CPU threads, torch {machine['torch']}\n")

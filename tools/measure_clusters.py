@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
@@ -36,8 +35,13 @@ from efficient_detr.engine.checks import (
     check_init_checkpoint,
     load_config,
 )
+from efficient_detr.engine.commands import (
+    NO_PICTURE_STATUS,
+    picture_parser,
+    report_user_error,
+    start_logging,
+)
 from efficient_detr.engine.predictor import Predictor, picture_files
-from efficient_detr.engine.train import set_up_logging
 from efficient_detr.errors import UserError
 from efficient_detr.evaluation.clusters import (
     ClusterMeasurement,
@@ -56,20 +60,12 @@ from efficient_detr.visualization.clusters import (
 logger = logging.getLogger("efficient_detr.measure_clusters")
 
 SHOWN_IMAGES = 4
-NO_PICTURE_STATUS = 1
-USER_ERROR_STATUS = 2
 Found = dict[str, list[ClusterMeasurement]]  # by file
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; ``--opts`` must come last, because it takes all that follows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig")
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="pictures, folders of pictures or glob patterns"
-    )
+    """The command line."""
+    parser = picture_parser(__doc__)
     parser.add_argument("--weights", metavar="FILE", help="same as train.init_checkpoint=FILE")
     parser.add_argument("--rounds", nargs="+", type=int, default=[8, 16, 20, 24, 32], metavar="L")
     parser.add_argument("--widths", nargs="+", type=float, default=[8.0], metavar="r")
@@ -83,9 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for files and pictures")
     parser.add_argument("--layer", type=int, default=0, help="of clusters.png, from 0")
     parser.add_argument("--head", type=int, default=0, help="of clusters.png, from 0")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, path.to.key=value"
-    )
     return parser
 
 
@@ -99,14 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if no picture could be read, 2 after an error of the command line.
     """
     args = build_parser().parse_args(argv)
-    setup_logger(name="fvcore")
-    setup_logger()
-    set_up_logging()
+    start_logging()
     try:
         found = measure(args)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     if not found:
         return NO_PICTURE_STATUS
     print(table(found))

@@ -42,6 +42,7 @@ from efficient_detr.data import generate_digits
 from efficient_detr.data.datasets import class_names
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import check_config, dataset_names, load_config
+from efficient_detr.engine.commands import report_user_error
 from efficient_detr.engine.train import run, save_results
 from efficient_detr.errors import UserError
 from efficient_detr.visualization import (
@@ -56,7 +57,6 @@ CONFIG_FILE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 FINAL_WEIGHTS = "model_final.pth"
 SHOWN_PREDICTIONS = 12
 SHOWN_TOKENS = 5
-USER_ERROR_STATUS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         quickstart(parser.parse_args(argv).overrides)
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return USER_ERROR_STATUS
+        return report_user_error(error)
     return 0
 
 

@@ -8,6 +8,7 @@ That those that build also train is shown by `pytest tests/test_combinations.py`
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -36,14 +37,25 @@ LETTERS = dict(zip(PADDING_TRAITS, "abcdefgh", strict=False))
 INTRODUCTION = """\
 # What combines with what
 
-Encoder, token selection, queries and decoder are chosen by the config, each on its own. This table
-is written by `python -m tools.write_combinations` from the models that
+Encoder, token selection, queries and decoder are chosen by the config, each on its own. For
+example SMCA behind an encoder with clustered attention, as a file beside the other configs:
+
+```python
+from .common.models.act_detr import act_detr
+from .smca_detr import dataloader, lr_multiplier, model, optimizer, train
+
+model.detector.encoder = act_detr().detector.encoder
+train.output_dir = "output/smca_act"
+```
+
+The tables are written by `python -m tools.write_combinations` from the models that
 `pytest tests/test_combinations.py` builds; the test fails if the two differ.
 
 * **yes**: the test builds the model from config nodes at a tiny size, trains a step on a padded
   batch, finds a gradient in every parameter and the same bits in a second run. In evaluation, each
   image of a padded batch is detected as alone, to 1e-4; letters stand for the exceptions.
-* **no**: building the model fails; the number stands for what it says.
+* **no**: building the model fails; the number stands for what it says. What goes with nothing is
+  left out of a table and named below it.
 """
 
 PADDING = """\
@@ -93,11 +105,17 @@ def document() -> str:
         levels = "one level" if num_levels == 1 else "several levels"
         parts.append(f"## Encoder and decoder, memory of {levels}\n")
         rows = [c for c in combinations() if c.num_levels == num_levels]
-        titles = [decoder.title for decoder in DECODERS]
-        parts.append(_table("encoder", [e.title for e in ENCODERS], titles, rows, notes))
+        encoders, decoders = [e.title for e in ENCODERS], [d.title for d in DECODERS]
+        parts.append(_table(("encoder", "decoder"), encoders, decoders, rows, notes))
     parts.append("## Queries and cross-attention\n")
     parts.append(
-        _table("queries", [*QUERY_SOURCES], [*DECODER_ATTENTIONS], query_combinations(), notes)
+        _table(
+            ("queries", "cross-attention"),
+            [*QUERY_SOURCES],
+            [*DECODER_ATTENTIONS],
+            query_combinations(),
+            notes,
+        )
     )
     parts.append("## Why not\n")
     parts.append("".join(f"{number}. {note}\n" for note, number in notes.items()))
@@ -108,18 +126,46 @@ def document() -> str:
 
 
 def _table(
-    corner: str,
+    sides: tuple[str, str],
     rows: list[str],
     columns: list[str],
-    cells: list[Combination],
+    combinations: list[Combination],
     notes: dict[str, int],
 ) -> str:
     """A Markdown table of combinations that are listed row by row; adds to the notes."""
-    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for index, row in enumerate(rows):
-        part = cells[index * len(columns) : (index + 1) * len(columns)]
-        lines.append(f"| {row} | " + " | ".join(_cell(c, notes) for c in part) + " |")
-    return "\n".join(lines) + "\n"
+    cells = dict(zip(itertools.product(rows, columns), combinations, strict=True))
+    fits = {place for place, combination in cells.items() if refusal(combination) is None}
+    kept_rows = [row for row in rows if any((row, column) in fits for column in columns)]
+    kept_columns = [column for column in columns if any((row, column) in fits for row in rows)]
+    lines = [
+        f"| {sides[0]} | " + " | ".join(kept_columns) + " |",
+        "|---" * (len(kept_columns) + 1) + "|",
+    ]
+    for row in kept_rows:
+        texts = [_cell(cells[row, column], notes) for column in kept_columns]
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    lines.append("")
+    alone = {row: [(row, column) for column in kept_columns] for row in rows}
+    lines += _left_out(sides[1], kept_rows, alone, cells, notes)
+    alone = {column: [(row, column) for row in kept_rows] for column in columns}
+    lines += _left_out(sides[0], kept_columns, alone, cells, notes)
+    return "\n".join(lines)
+
+
+def _left_out(
+    side: str,
+    kept: list[str],
+    places: dict[str, list[tuple[str, str]]],
+    cells: dict[tuple[str, str], Combination],
+    notes: dict[str, int],
+) -> list[str]:
+    """Lines about rows or columns that go with nothing; `places` are their cells by title."""
+    lines = []
+    for title in places:
+        if title not in kept:
+            reasons = dict.fromkeys(_cell(cells[place], notes) for place in places[title])
+            lines.append(f"* {title}: {', '.join(reasons)}")
+    return [f"With no {side}:\n", *lines, ""] if lines else []
 
 
 def _cell(combination: Combination, notes: dict[str, int]) -> str:
@@ -131,18 +177,24 @@ def _cell(combination: Combination, notes: dict[str, int]) -> str:
 
 
 def _others() -> str:
-    lines = ["| encoder | decoder | self-attention | queries | refinement |", "|---" * 5 + "|"]
-    for combination in other_combinations():
-        encoder, decoder = combination.encoder, combination.decoder
-        names = [
-            f"{encoder.layer.__name__}, {encoder.attention.__name__}",
-            f"{decoder.layer.__name__}, {decoder.attention.__name__}",
-            decoder.self_attention.__name__,
-            decoder.queries.__name__,
-            decoder.refinement.__name__,
+    parts = []
+    for title, group in other_combinations().items():
+        lines = [
+            f"{title}:\n",
+            "| encoder attention | cross-attention | queries | refinement |",
+            "|---" * 4 + "|",
         ]
-        lines.append("| " + " | ".join(names) + " |")
-    return "\n".join(lines) + "\n"
+        for combination in group:
+            decoder = combination.decoder
+            kinds = (
+                combination.encoder.attention,
+                decoder.attention,
+                decoder.queries,
+                decoder.refinement,
+            )
+            lines.append("| " + " | ".join(kind.__name__ for kind in kinds) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def _misfits() -> str:

@@ -15,7 +15,7 @@ from efficient_detr.errors import UserError
 from efficient_detr.model_compatibility import check_model
 from efficient_detr.modeling.detector import Detector
 from efficient_detr.postprocessing import Postprocessor
-from efficient_detr.structures import Targets
+from efficient_detr.structures import DetectorOutput, Targets
 
 
 @META_ARCH_REGISTRY.register()
@@ -90,6 +90,10 @@ class EfficientDETR(nn.Module):
             return self.rescale(self.postprocessor(output.prediction, sizes), batched_inputs)
         targets = self.targets(batched_inputs)
         output = self.detector(images.tensor, padding_mask, targets)
+        return self.compute_losses(output, targets)
+
+    def compute_losses(self, output: DetectorOutput, targets: list[Targets]) -> dict[str, Tensor]:
+        """The weighted terms of all losses by name."""
         terms: dict[str, Tensor] = {}
         for loss in self.losses:
             terms |= loss(output, targets)

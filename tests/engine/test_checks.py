@@ -36,6 +36,11 @@ def sentence(config_file: str, *overrides: str, eval_only: bool = False, num_gpu
     return text
 
 
+@pytest.mark.parametrize("value", ["None", "null"])
+def test_an_override_can_be_none(config_file: str, value: str) -> None:
+    assert load_config(config_file, [f"model.width={value}"]).model.width is None
+
+
 def test_a_sound_config_passes(config_file: str) -> None:
     cfg = load_config(config_file, ["train.max_iter=3", "model.width=16"])
     check_config(cfg)

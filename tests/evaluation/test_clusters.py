@@ -22,7 +22,7 @@ from efficient_detr.modeling.attention.clustered import (
 )
 from efficient_detr.modeling.attention.dense import DenseEncoderAttention
 from efficient_detr.modeling.attention.token_clustering import TokenClustering
-from tests.tiny_models import random_tokens
+from tests.tiny_models import random_tokens, randomised
 
 CHANNELS, HEADS, D = 16, 2, 8
 HASHING = Hashing(rounds=3, width=2.0, bias_range=2.0)
@@ -33,8 +33,7 @@ def build(**options: Any) -> ClusteredEncoderAttention:
     attention = ClusteredEncoderAttention(
         channels=CHANNELS, num_heads=HEADS, query_clustering=clustering, **options
     )
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    randomised(attention, 0.5)
     return attention.eval()
 
 

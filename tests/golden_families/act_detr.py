@@ -29,10 +29,9 @@ from tests.golden_families.training import (
     compare_gradient_norms,
     compare_gradients,
     compare_losses,
-    compute_losses,
-    total,
 )
 from tests.golden_families.transformer import Run
+from tests.tiny_models import total
 
 DISTANCES = {
     "mse_mean": MeanSquaredError,
@@ -155,7 +154,7 @@ def compare_distillation(
     """Compare the losses of teacher and student, and the gradients of their sum."""
     fixture = comparison.fixture
     output = model.detector(fixture.images, fixture.padding_mask, fixture.targets)
-    losses = compute_losses(model, output, fixture.targets)
+    losses = model.compute_losses(output, fixture.targets)
     distilled = losses["loss_box_distillation"]
     assert (total(losses) - distilled).item() == pytest.approx(expected["L_pred"], rel=LOSSES)
     for name, value in expected["L_KD"].items():

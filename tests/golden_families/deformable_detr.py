@@ -12,7 +12,7 @@ from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.structures import Queries, gather_tokens
 from tests.golden_families.detr import backbone_maps
 from tests.golden_families.fixture import Comparison, Fixture, Reader
-from tests.golden_families.models import build, builder, last_stages
+from tests.golden_families.models import build, builder, transformer_arguments
 from tests.golden_families.transformer import (
     Run,
     compare_evaluation,
@@ -23,22 +23,12 @@ from tests.golden_families.transformer import (
 
 def deformable_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the configs `deformable_detr*` and `sparse_detr` at a fixture's sizes."""
-    channels = config["backbone_channels"]
     return dict(
-        backbone=None,
-        in_features=last_stages(len(channels)),
-        in_channels=channels,
+        transformer_arguments(config),
         num_classes=config["num_classes"],
-        channels=config["d_model"],
-        num_heads=config["nhead"],
         num_levels=config["num_feature_levels"],
         encoder_points=config["enc_n_points"],
         decoder_points=config["dec_n_points"],
-        hidden_channels=config["dim_feedforward"],
-        encoder_layers=config["enc_layers"],
-        decoder_layers=config["dec_layers"],
-        num_queries=config["num_queries"],
-        dropout=0.0,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from efficient_detr.checkpoint import official
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families.fixture import Comparison, Fixture
-from tests.golden_families.models import build, builder, last_stages
+from tests.golden_families.models import build, builder, last_stages, transformer_arguments
 from tests.golden_families.transformer import (
     Run,
     compare_evaluation,
@@ -20,20 +20,7 @@ from tests.golden_families.transformer import (
 
 def detr_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the config `detr` at a fixture's sizes."""
-    channels = config["backbone_channels"]
-    return dict(
-        backbone=None,
-        in_features=last_stages(len(channels)),
-        in_channels=channels,
-        num_classes=config["class_logits"] - 1,
-        channels=config["d_model"],
-        num_heads=config["nhead"],
-        hidden_channels=config["dim_feedforward"],
-        encoder_layers=config["enc_layers"],
-        decoder_layers=config["dec_layers"],
-        num_queries=config["num_queries"],
-        dropout=0.0,
-    )
+    return dict(transformer_arguments(config), num_classes=config["class_logits"] - 1)
 
 
 def detr_config(fixture: Fixture) -> Any:

@@ -22,7 +22,7 @@ from tests.golden_families.dino import (
     image_sizes,
 )
 from tests.golden_families.fixture import Comparison, Fixture
-from tests.golden_families.training import compute_losses, total
+from tests.tiny_models import total
 
 # Relative tolerances, as the fixtures suggest them.
 LOSSES, GRADIENT_NORMS = 5e-5, 2e-3
@@ -41,7 +41,7 @@ def compare_training(comparison: Comparison) -> None:
     model, targets = build_model(fixture).train(), targets_of(fixture)
     replay_noise(model, comparison)
     run = DinoRun(model, comparison, "train/", image_sizes(fixture), targets)
-    losses = compute_losses(model, run.output, targets)
+    losses = model.compute_losses(run.output, targets)
     compare_forward(run)
     if run.output.selection is not None:
         compare_foreground_labels(run, targets)

@@ -34,6 +34,23 @@ def builder(file: str, function: str) -> Any:
     return LazyConfig.load(str(CONFIGS / f"{file}.py"), function)
 
 
+def transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that the configs of all DETRs share, at a fixture's sizes."""
+    channels = config["backbone_channels"]
+    return dict(
+        backbone=None,
+        in_features=last_stages(len(channels)),
+        in_channels=channels,
+        channels=config["d_model"],
+        num_heads=config["nhead"],
+        hidden_channels=config["dim_feedforward"],
+        encoder_layers=config["enc_layers"],
+        decoder_layers=config["dec_layers"],
+        num_queries=config["num_queries"],
+        dropout=0.0,
+    )
+
+
 def last_stages(count: int) -> tuple[str, ...]:
     """Names of the last stages of a ResNet."""
     return STAGES[-count:]

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from efficient_detr.checkpoint import KeyRule, convert_keys
 from efficient_detr.meta_arch import EfficientDETR
-from efficient_detr.structures import DetectorOutput, Targets
 from tests.golden_families.fixture import Comparison
 
 # Relative tolerances.
 LOSSES = 1e-4
 GRADIENTS = 1e-3
 # Where a gradient vanishes in exact arithmetic (the bias before a norm, the values of queries that
-# are zero) its norm is rounding noise: this part of the norm of all gradients together.
-GRADIENT_NOISE = 1e-7
+# are zero) its norm is rounding noise: this part of the norm of all gradients together. A group
+# norm over the two cells of a coarsest level magnifies it; two right formulations differed by 5e-7
+# there.
+GRADIENT_NOISE = 2e-6
 
 # What the official criteria compute for the log alone: the share of matched boxes with the wrong
 # class, and how far the number of predicted objects is off. Neither is trained on or reported.
@@ -36,20 +37,6 @@ def our_loss_name(name: str) -> str:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return name
-
-
-def compute_losses(
-    model: EfficientDETR, output: DetectorOutput, targets: list[Targets]
-) -> dict[str, Tensor]:
-    """All weighted losses of a model by name."""
-    losses: dict[str, Tensor] = {}
-    for loss in model.losses:
-        losses |= loss(output, targets)
-    return losses
-
-
-def total(losses: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(losses.values())).sum()
 
 
 def loss_weights(model: EfficientDETR, names: Sequence[str]) -> dict[str, float]:

@@ -19,9 +19,8 @@ from tests.golden_families.training import (
     compare_gradients,
     compare_losses,
     compare_matchings,
-    compute_losses,
-    total,
 )
+from tests.tiny_models import total
 
 Tolerance = tuple[float, float]
 """Absolute and relative."""
@@ -169,7 +168,7 @@ def compare_detections(run: Run, comparison: Comparison, *, ordered: bool) -> No
 def compare_training(run: Run, comparison: Comparison, rules: Sequence[KeyRule]) -> None:
     """Compare matchings, losses and gradients of a run in training mode."""
     expected = comparison.fixture.info["loss"]
-    losses = compute_losses(run.model, run.output, comparison.fixture.targets)
+    losses = run.model.compute_losses(run.output, comparison.fixture.targets)
     matchings = run.recorder.outputs(run.model.losses[0].matcher)
     assert expected.get("num_matcher_calls", len(matchings)) == len(matchings)
     compare_matchings(matchings, len(run.output.decoder.logits), comparison)

@@ -23,9 +23,8 @@ from efficient_detr.checkpoint import smca as smca_layouts
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families import deformable_detr, detr, smca, sparse_detr
 from tests.golden_families.fixture import Fixture, Reader
-from tests.golden_families.training import compute_losses, total
 from tests.golden_families.transformer import Run
-from tests.tiny_models import padding_mask
+from tests.tiny_models import padding_mask, total
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -250,7 +249,7 @@ def write_recipe(
 
 def training_numbers(run: Any, fixture: Fixture, names: dict[str, str]) -> dict[str, Any]:
     """Losses and norms of gradients, as the JSON has them; matchings go to the tensors."""
-    losses = compute_losses(run.model, run.output, fixture.targets)
+    losses = run.model.compute_losses(run.output, fixture.targets)
     total(losses).backward()
     matchings = run.recorder.outputs(run.model.losses[0].matcher)
     layers = len(run.output.decoder.logits)

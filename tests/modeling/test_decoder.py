@@ -30,7 +30,7 @@ from efficient_detr.modeling.layers import FeedForward
 from efficient_detr.modeling.queries.denoising import denoising_mask
 from efficient_detr.modeling.refinement import IterativeRefinement, LookForwardTwice
 from efficient_detr.structures import DenoisingGroups, FeatureTokens, Queries
-from tests.tiny_models import random_tokens, randomised, torch_attention
+from tests.tiny_models import random_tokens, randomised, torch_attention, with_noise
 
 SHAPES = [(4, 6), (2, 3)]
 
@@ -57,9 +57,7 @@ def decoder(num_layers: int = 3, *, generic: bool = True) -> TransformerDecoder:
         norm=torch.nn.LayerNorm(8),
     )
     if generic:
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        with_noise(module, 0.2)
     return module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,26 +11,21 @@ from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.meta_arch import EfficientDETR
-from efficient_detr.modeling.decoder import BoxQueryPosition
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.structures import DetectorOutput, FeatureTokens, Queries
-from tests.tiny_models import padding_mask, targets_of, tiny_model, total
+from efficient_detr.structures import DetectorOutput
+from tests.tiny_models import (
+    padding_mask,
+    run_training,
+    targets_of,
+    tiny_model,
+    total,
+    use_unpadded_query_positions,
+)
 
 FAMILIES = ["dino", "focus_detr"]
 BOXES = [[[0.4, 0.5, 0.3, 0.4], [0.7, 0.6, 0.2, 0.2]], [[0.5, 0.5, 0.9, 0.8]]]
 
 both = pytest.mark.parametrize("family", FAMILIES)
-
-
-def run_training(model: EfficientDETR) -> tuple[DetectorOutput, dict[str, Tensor]]:
-    targets = targets_of(*BOXES)
-    mask = padding_mask([(64, 96), (48, 64)], (64, 96))
-    images = torch.randn(2, 3, 64, 96).masked_fill(mask[:, None], 0)
-    output = model.detector(images, mask, targets)
-    losses: dict[str, Tensor] = {}
-    for loss in model.losses:
-        losses |= loss(output, targets)
-    return output, losses
 
 
 @both
@@ -47,7 +41,7 @@ def test_children_are_in_order_of_execution(family: str) -> None:
 
 @both
 def test_training_output(family: str) -> None:
-    output, _ = run_training(tiny_model(family))
+    output, _ = run_training(tiny_model(family), targets_of(*BOXES))
     assert output.memory.spatial_shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
     # 6 // 2 = 3 groups of two slots.
     assert output.denoising_groups is not None and output.denoising is not None
@@ -76,7 +70,7 @@ def test_evaluation_has_no_denoising(family: str) -> None:
 @both
 def test_every_parameter_gets_a_gradient(family: str) -> None:
     model = tiny_model(family)
-    _, losses = run_training(model)
+    _, losses = run_training(model, targets_of(*BOXES))
     total(losses).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -92,10 +86,10 @@ def test_bfloat16_autocast(family: str) -> None:
     """
     model = tiny_model(family)
     state = torch.get_rng_state()
-    _, exact = run_training(model)
+    _, exact = run_training(model, targets_of(*BOXES))
     torch.set_rng_state(state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, losses = run_training(model)
+        _, losses = run_training(model, targets_of(*BOXES))
     assert losses.keys() == exact.keys()
     assert total(losses).item() == pytest.approx(total(exact).item(), rel=0.1)
     total(losses).backward()
@@ -172,25 +166,6 @@ def compare_with_images_alone(model: EfficientDETR, sizes: list[tuple[int, int]]
         torch.testing.assert_close(batched.proposal.boxes[index], alone.proposal.boxes[0])
 
 
-class UnpaddedQueryPosition(BoxQueryPosition):
-    """Embeds the boxes in the frame of the image instead of the padded frame of level 0."""
-
-    def forward(
-        self, queries: Queries, reference_boxes: Tensor | None, memory: FeatureTokens
-    ) -> Tensor:
-        ratios = torch.ones_like(memory.valid_ratios)
-        unpadded = dataclasses.replace(memory, valid_ratios=ratios)
-        return super().forward(queries, reference_boxes, unpadded)
-
-
-def without_padded_query_positions(model: EfficientDETR) -> EfficientDETR:
-    """The published decoder embeds boxes as seen in the padded batch: put that trait aside."""
-    published = model.detector.decoder.query_position
-    model.detector.decoder.query_position = UnpaddedQueryPosition(channels=16)
-    model.detector.decoder.query_position.load_state_dict(published.state_dict())
-    return model.eval()
-
-
 def test_dino_predicts_the_same_in_a_padded_batch_as_alone() -> None:
     """Given equal feature maps: what the padding holds must not matter.
 
@@ -199,7 +174,8 @@ def test_dino_predicts_the_same_in_a_padded_batch_as_alone() -> None:
     padded frame of the query positions. The sizes are multiples of the coarsest stride; otherwise a
     cell may be half image, half padding.
     """
-    model = without_padded_query_positions(tiny_model("dino"))
+    model = tiny_model("dino").eval()
+    use_unpadded_query_positions(model)
     compare_with_images_alone(model, [(128, 192), (64, 128), (128, 64)])
 
 
@@ -223,7 +199,8 @@ def test_focus_detr_predicts_the_same_in_a_padded_batch_up_to_its_scores() -> No
     the modulation is zeroed). Later layers keep a part of the largest image's tokens, so the images
     have equally many tokens here.
     """
-    model = without_padded_query_positions(tiny_model("focus_detr"))
+    model = tiny_model("focus_detr").eval()
+    use_unpadded_query_positions(model)
     selection: Any = model.detector.selection
     with torch.no_grad():
         selection.score_head.hidden[0].weight[:, 8:] = 0

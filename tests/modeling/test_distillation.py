@@ -22,7 +22,15 @@ from efficient_detr.modeling.attention.token_clustering import TokenClustering
 from efficient_detr.modeling.detector import Detector
 from efficient_detr.modeling.distillation import DistillationDetector
 from tests import tiny_models
-from tests.tiny_models import MODELS, PatchBackbone, image_input, padding_mask, targets_of, total
+from tests.tiny_models import (
+    MODELS,
+    PatchBackbone,
+    image_input,
+    padding_mask,
+    targets_of,
+    total,
+    with_noise,
+)
 
 BOXES = [[[0.4, 0.5, 0.3, 0.4], [0.7, 0.6, 0.2, 0.2]], [[0.5, 0.5, 0.9, 0.8]]]
 SIZES = [(128, 192), (96, 128)]
@@ -58,10 +66,7 @@ def distilled(config: Any) -> Any:
 
 def tiny_model(config: Any) -> EfficientDETR:
     """A model in training mode, with weights off their start values."""
-    model: EfficientDETR = instantiate(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    model: EfficientDETR = with_noise(instantiate(config), 0.2)
     return model
 
 
@@ -104,10 +109,7 @@ def test_losses_and_gradients() -> None:
     model = tiny_model(distilled(tiny_config("act_detr")))
     images, mask = batch()
     targets = targets_of(*BOXES)
-    losses: dict[str, Tensor] = {}
-    output = model.detector(images, mask, targets)
-    for loss in model.losses:
-        losses |= loss(output, targets)
+    losses = model.compute_losses(model.detector(images, mask, targets), targets)
     assert losses["loss_box_distillation"] > 0
     assert {"loss_class", "loss_bbox", "loss_giou", "loss_bbox_0"} <= losses.keys()
     total(losses).backward()

@@ -13,7 +13,7 @@ from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
 from efficient_detr.modeling.selection import ForegroundScoreHead, SalientTokenSelector
 from efficient_detr.structures import EncoderOutput, FeatureTokens, TokenSelection
-from tests.tiny_models import random_tokens
+from tests.tiny_models import random_tokens, with_noise
 
 SHAPES = [(2, 4), (1, 2)]  # tokens 0 to 7 and 8 to 9
 
@@ -57,9 +57,7 @@ def test_heads_start_at_the_boxes_of_the_selected_tokens() -> None:
 
 def test_each_layer_but_the_last_has_its_own_head() -> None:
     tokens, heads, proposals = random_tokens(SHAPES, batch=2), layer_heads(2), proposal_head()
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    with_noise(heads, 0.3)
     selection = selection_of([[6, 8, 1], [0, 2, 9]], [3, 3], layers=3)
     output, features = encoded(tokens, selection)
     boxes, _ = proposals.proposal_boxes(tokens)

@@ -23,7 +23,7 @@ from efficient_detr.modeling.refinement import (
     corrected,
 )
 from efficient_detr.structures import DecoderOutput, Queries
-from tests.tiny_models import logit, random_tokens
+from tests.tiny_models import logit, random_tokens, with_noise
 
 SHAPES = [(4, 6), (2, 3)]
 ALL = [FixedReferences, IterativeRefinement, LookForwardTwice]
@@ -162,9 +162,7 @@ def run(rule: type[FixedReferences], given: Queries | None = None) -> tuple[Any,
         query_position=StoredQueryPosition(),
         refinement=rule(),
     )
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    with_noise(module, 0.2)
     given = given or Queries(
         content=torch.randn(2, 5, 8),
         position=torch.randn(2, 5, 8),

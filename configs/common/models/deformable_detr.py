@@ -5,23 +5,14 @@ The three share every size; each function is the one before with some parts repl
 
 from detectron2.config import LazyCall as L
 
-from efficient_detr.losses import FocalClassCost, FocalClassLoss, HungarianMatcher, SetLoss
-from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention import (
     DeformableDecoderAttention,
     DeformableEncoderAttention,
-    SelfAttention,
 )
-from efficient_detr.modeling.decoder import (
-    DecoderLayer,
-    StoredQueryPosition,
-    TransformerDecoder,
-)
+from efficient_detr.modeling.decoder import StoredQueryPosition, TransformerDecoder
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.modeling.encoder import EncoderLayer, TransformerEncoder
+from efficient_detr.modeling.encoder import TransformerEncoder
 from efficient_detr.modeling.heads import PredictionHead
-from efficient_detr.modeling.layers import FeedForward
-from efficient_detr.modeling.neck import ChannelMapper
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.queries import (
     BoxEmbeddedQueries,
@@ -33,54 +24,24 @@ from efficient_detr.modeling.refinement import FixedReferences, IterativeRefinem
 from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
 from efficient_detr.postprocessing import SigmoidTopK
 
-from ..data.constants import constants
 from .backbones import deformable_resnet50
+from .parts import (
+    channel_mapper,
+    decoder_layer,
+    detection_model,
+    encoder_layer,
+    focal_set_loss,
+)
 
 # Boxes start small: sigmoid(-2) = 0.12 of the image's sides.
 SMALL_BOXES = (0.0, 0.0, -2.0, -2.0)
 UNCHANGED_BOXES = (0.0, 0.0, 0.0, 0.0)
 
 
-def encoder_layer(channels, hidden_channels, dropout, attention):
-    """An encoder layer with deformable attention, which itself has no dropout."""
-    return L(EncoderLayer)(
-        attention=L(DeformableEncoderAttention)(channels=channels, **attention),
-        feedforward=L(FeedForward)(
-            channels=channels, hidden_channels=hidden_channels, dropout=dropout
-        ),
-        channels=channels,
-        dropout=dropout,
-    )
-
-
-def decoder_layer(channels, hidden_channels, dropout, attention):
-    """A decoder layer with deformable cross-attention."""
-    return L(DecoderLayer)(
-        self_attention=L(SelfAttention)(
-            channels=channels, num_heads=attention["num_heads"], dropout=dropout
-        ),
-        cross_attention=L(DeformableDecoderAttention)(channels=channels, **attention),
-        feedforward=L(FeedForward)(
-            channels=channels, hidden_channels=hidden_channels, dropout=dropout
-        ),
-        channels=channels,
-        dropout=dropout,
-    )
-
-
 def decoder_head(channels, box_bias):
     """A prediction head inside `decoder.heads`."""
     return L(PredictionHead)(
         channels=channels, num_classes="${.....num_classes}", box_bias=list(box_bias)
-    )
-
-
-def focal_set_loss():
-    """Deformable DETR's loss: focal classification of weight 2, in the matching as well."""
-    return L(SetLoss)(
-        matcher=L(HungarianMatcher)(class_cost=L(FocalClassCost)(), class_weight=2.0),
-        class_loss=L(FocalClassLoss)(),
-        class_weight=2.0,
     )
 
 
@@ -104,17 +65,16 @@ def deformable_detr(
     num_detections=100,
 ):
     """The whole model. `model.num_classes` is the only place to set the number of classes."""
-    sizes = (channels, hidden_channels, dropout)
-    attention = dict(num_heads=num_heads, num_levels=num_levels)
-    encoder_attention = dict(attention, num_points=encoder_points)
-    decoder_attention = dict(attention, num_points=decoder_points)
-    return L(EfficientDETR)(
+    # Deformable attention itself has no dropout.
+    attention = dict(channels=channels, num_heads=num_heads, num_levels=num_levels)
+    layer = dict(channels=channels, hidden_channels=hidden_channels, dropout=dropout)
+    return detection_model(
         num_classes=num_classes,
         detector=L(Detector)(
             backbone=backbone,
-            neck=L(ChannelMapper)(
-                in_features=list(in_features),
-                in_channels=list(in_channels),
+            neck=channel_mapper(
+                in_features=in_features,
+                in_channels=in_channels,
                 channels=channels,
                 num_levels=num_levels,
                 num_groups=num_groups,
@@ -125,21 +85,32 @@ def deformable_detr(
                 num_levels=num_levels,
             ),
             encoder=L(TransformerEncoder)(
-                layers=[encoder_layer(*sizes, encoder_attention) for _ in range(encoder_layers)]
+                layers=[
+                    encoder_layer(
+                        L(DeformableEncoderAttention)(**attention, num_points=encoder_points),
+                        **layer,
+                    )
+                    for _ in range(encoder_layers)
+                ]
             ),
             queries=L(ReferencePointQueries)(num_queries=num_queries, channels=channels),
             decoder=L(TransformerDecoder)(
-                layers=[decoder_layer(*sizes, decoder_attention) for _ in range(decoder_layers)],
+                layers=[
+                    decoder_layer(
+                        L(DeformableDecoderAttention)(**attention, num_points=decoder_points),
+                        num_heads=num_heads,
+                        **layer,
+                    )
+                    for _ in range(decoder_layers)
+                ],
                 # One head for all layers.
                 heads=[decoder_head(channels, SMALL_BOXES)],
                 query_position=L(StoredQueryPosition)(),
                 refinement=L(FixedReferences)(),
             ),
         ),
-        losses=[focal_set_loss()],
+        losses=[focal_set_loss(class_weight=2.0)],
         postprocessor=L(SigmoidTopK)(num_detections=num_detections),
-        pixel_mean=constants.imagenet_rgb256_mean,
-        pixel_std=constants.imagenet_rgb256_std,
     )
 
 

@@ -4,61 +4,23 @@ from detectron2.config import LazyCall as L
 from torch import nn
 
 from efficient_detr.losses import HungarianMatcher, SetLoss, SoftmaxClassCost, SoftmaxClassLoss
-from efficient_detr.meta_arch import EfficientDETR
-from efficient_detr.modeling.attention import (
-    DenseDecoderAttention,
-    DenseEncoderAttention,
-    SelfAttention,
-)
+from efficient_detr.modeling.attention import DenseDecoderAttention, DenseEncoderAttention
 from efficient_detr.modeling.decoder import (
-    DecoderLayer,
     PreNormDecoderLayer,
     StoredQueryPosition,
     TransformerDecoder,
 )
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.modeling.encoder import (
-    EncoderLayer,
-    PreNormEncoderLayer,
-    TransformerEncoder,
-)
+from efficient_detr.modeling.encoder import PreNormEncoderLayer, TransformerEncoder
 from efficient_detr.modeling.heads import PredictionHead
-from efficient_detr.modeling.layers import FeedForward
-from efficient_detr.modeling.neck import ChannelMapper
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.queries import LearnedQueries
 from efficient_detr.modeling.refinement import FixedReferences
 from efficient_detr.modeling.tokenizer import FeatureTokenizer
 from efficient_detr.postprocessing import SoftmaxBestClass
 
-from ..data.constants import constants
 from .backbones import detr_resnet50
-
-
-def encoder_layer(channels, num_heads, hidden_channels, dropout):
-    """An encoder layer with dense attention."""
-    return L(EncoderLayer)(
-        attention=L(DenseEncoderAttention)(channels=channels, num_heads=num_heads, dropout=dropout),
-        feedforward=L(FeedForward)(
-            channels=channels, hidden_channels=hidden_channels, dropout=dropout
-        ),
-        channels=channels,
-        dropout=dropout,
-    )
-
-
-def decoder_layer(channels, num_heads, hidden_channels, dropout):
-    """A decoder layer with dense self-attention and dense cross-attention."""
-    attention = dict(channels=channels, num_heads=num_heads, dropout=dropout)
-    return L(DecoderLayer)(
-        self_attention=L(SelfAttention)(**attention),
-        cross_attention=L(DenseDecoderAttention)(**attention),
-        feedforward=L(FeedForward)(
-            channels=channels, hidden_channels=hidden_channels, dropout=dropout
-        ),
-        channels=channels,
-        dropout=dropout,
-    )
+from .parts import channel_mapper, decoder_layer, detection_model, encoder_layer
 
 
 def softmax_set_loss():
@@ -85,14 +47,15 @@ def detr(
     dropout=0.1,
 ):
     """The whole model. `model.num_classes` is the only place to set the number of classes."""
-    sizes = (channels, num_heads, hidden_channels, dropout)
-    return L(EfficientDETR)(
+    attention = dict(channels=channels, num_heads=num_heads, dropout=dropout)
+    layer = dict(channels=channels, hidden_channels=hidden_channels, dropout=dropout)
+    return detection_model(
         num_classes=num_classes,
         detector=L(Detector)(
             backbone=backbone,
-            neck=L(ChannelMapper)(
-                in_features=list(in_features),
-                in_channels=list(in_channels),
+            neck=channel_mapper(
+                in_features=in_features,
+                in_channels=in_channels,
                 channels=channels,
                 num_levels=1,
                 num_groups=None,
@@ -102,11 +65,19 @@ def detr(
                 num_levels=1,
             ),
             encoder=L(TransformerEncoder)(
-                layers=[encoder_layer(*sizes) for _ in range(encoder_layers)]
+                layers=[
+                    encoder_layer(L(DenseEncoderAttention)(**attention), **layer)
+                    for _ in range(encoder_layers)
+                ]
             ),
             queries=L(LearnedQueries)(num_queries=num_queries, channels=channels),
             decoder=L(TransformerDecoder)(
-                layers=[decoder_layer(*sizes) for _ in range(decoder_layers)],
+                layers=[
+                    decoder_layer(
+                        L(DenseDecoderAttention)(**attention), num_heads=num_heads, **layer
+                    )
+                    for _ in range(decoder_layers)
+                ],
                 # One head for all layers.
                 heads=[
                     L(PredictionHead)(
@@ -124,8 +95,6 @@ def detr(
         ),
         losses=[softmax_set_loss()],
         postprocessor=L(SoftmaxBestClass)(),
-        pixel_mean=constants.imagenet_rgb256_mean,
-        pixel_std=constants.imagenet_rgb256_std,
     )
 
 

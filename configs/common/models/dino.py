@@ -3,19 +3,14 @@
 from detectron2.config import LazyCall as L
 from torch import nn
 
-from efficient_detr.losses import FocalClassCost, FocalClassLoss, HungarianMatcher, SetLoss
-from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention import (
     DeformableDecoderAttention,
     DeformableEncoderAttention,
-    SelfAttention,
 )
-from efficient_detr.modeling.decoder import BoxQueryPosition, DecoderLayer, TransformerDecoder
+from efficient_detr.modeling.decoder import BoxQueryPosition, TransformerDecoder
 from efficient_detr.modeling.detector import Detector
-from efficient_detr.modeling.encoder import EncoderLayer, TransformerEncoder
+from efficient_detr.modeling.encoder import TransformerEncoder
 from efficient_detr.modeling.heads import PredictionHead
-from efficient_detr.modeling.layers import FeedForward
-from efficient_detr.modeling.neck import ChannelMapper
 from efficient_detr.modeling.position import SinePositionEmbedding
 from efficient_detr.modeling.queries import (
     ContrastiveDenoising,
@@ -26,20 +21,14 @@ from efficient_detr.modeling.refinement import LookForwardTwice
 from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
 from efficient_detr.postprocessing import SigmoidTopK
 
-from ..data.constants import constants
 from .backbones import resnet50
-
-
-def encoder_attention(channels=256, num_heads=8, num_levels=4, num_points=4):
-    """Deformable attention of an encoder layer."""
-    return L(DeformableEncoderAttention)(
-        channels=channels, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-    )
-
-
-def feedforward(channels=256, hidden_channels=2048):
-    """Feed-forward network of a layer."""
-    return L(FeedForward)(channels=channels, hidden_channels=hidden_channels)
+from .parts import (
+    channel_mapper,
+    decoder_layer,
+    detection_model,
+    encoder_layer,
+    focal_set_loss,
+)
 
 
 def dino(
@@ -63,14 +52,17 @@ def dino(
     num_detections=300,
 ):
     """The whole model. `model.num_classes` is the only place to set the number of classes."""
-    attention = dict(num_heads=num_heads, num_levels=num_levels, num_points=num_points)
-    return L(EfficientDETR)(
+    attention = dict(
+        channels=channels, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+    )
+    layer = dict(channels=channels, hidden_channels=hidden_channels)
+    return detection_model(
         num_classes=num_classes,
         detector=L(Detector)(
             backbone=backbone,
-            neck=L(ChannelMapper)(
-                in_features=list(in_features),
-                in_channels=list(in_channels),
+            neck=channel_mapper(
+                in_features=in_features,
+                in_channels=in_channels,
                 channels=channels,
                 num_levels=num_levels,
                 num_groups=num_groups,
@@ -85,11 +77,7 @@ def dino(
             selection=None,
             encoder=L(TransformerEncoder)(
                 layers=[
-                    L(EncoderLayer)(
-                        attention=encoder_attention(channels, **attention),
-                        feedforward=feedforward(channels, hidden_channels),
-                        channels=channels,
-                    )
+                    encoder_layer(L(DeformableEncoderAttention)(**attention), **layer)
                     for _ in range(encoder_layers)
                 ],
             ),
@@ -105,13 +93,8 @@ def dino(
             ),
             decoder=L(TransformerDecoder)(
                 layers=[
-                    L(DecoderLayer)(
-                        self_attention=L(SelfAttention)(channels=channels, num_heads=num_heads),
-                        cross_attention=L(DeformableDecoderAttention)(
-                            channels=channels, **attention
-                        ),
-                        feedforward=feedforward(channels, hidden_channels),
-                        channels=channels,
+                    decoder_layer(
+                        L(DeformableDecoderAttention)(**attention), num_heads=num_heads, **layer
                     )
                     for _ in range(decoder_layers)
                 ],
@@ -124,15 +107,8 @@ def dino(
                 norm=L(nn.LayerNorm)(normalized_shape=channels),
             ),
         ),
-        losses=[
-            L(SetLoss)(
-                matcher=L(HungarianMatcher)(class_cost=L(FocalClassCost)()),
-                class_loss=L(FocalClassLoss)(),
-            )
-        ],
+        losses=[focal_set_loss(class_weight=1.0)],
         postprocessor=L(SigmoidTopK)(num_detections=num_detections),
-        pixel_mean=constants.imagenet_rgb256_mean,
-        pixel_std=constants.imagenet_rgb256_std,
     )
 
 

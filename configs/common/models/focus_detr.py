@@ -3,15 +3,20 @@
 from detectron2.config import LazyCall as L
 
 from efficient_detr.losses import ForegroundLoss, SideDistanceForeground
-from efficient_detr.modeling.attention import ObjectSelfAttention, SelfAttention
+from efficient_detr.modeling.attention import (
+    DeformableEncoderAttention,
+    ObjectSelfAttention,
+    SelfAttention,
+)
 from efficient_detr.modeling.encoder import DualAttentionEncoderLayer, InitialValues
+from efficient_detr.modeling.layers import FeedForward
 from efficient_detr.modeling.selection import (
     ForegroundScoreHead,
     ForegroundTokenSelector,
     LogitProductScore,
 )
 
-from .dino import dino, encoder_attention, feedforward
+from .dino import dino
 
 
 def focus_detr(
@@ -55,8 +60,10 @@ def focus_detr(
                 channels=channels,
                 num_tokens=num_object_tokens,
             ),
-            attention=encoder_attention(channels, num_heads, num_levels, num_points),
-            feedforward=feedforward(channels, hidden_channels),
+            attention=L(DeformableEncoderAttention)(
+                channels=channels, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+            ),
+            feedforward=L(FeedForward)(channels=channels, hidden_channels=hidden_channels),
             channels=channels,
         )
         for _ in layer_keep_ratios

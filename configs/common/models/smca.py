@@ -25,13 +25,13 @@ from efficient_detr.modeling.tokenizer import LevelFeatureTokenizer
 from efficient_detr.postprocessing import SigmoidTopK
 
 from .backbones import deformable_resnet50, detr_resnet50
-from .deformable_detr import focal_set_loss
 from .detr import detr
+from .parts import focal_set_loss
 
 INTRA, MULTI = IntraScaleAttention, DenseEncoderAttention
 
 
-def modulate(decoder, attention, scale, **arguments):
+def modulate(decoder, attention, scale, *, num_levels=1, **arguments):
     """Give all layers of a decoder a modulated attention; only the first predicts centres.
 
     `attention` and `scale` are classes, `arguments` those of the attention.
@@ -43,9 +43,7 @@ def modulate(decoder, attention, scale, **arguments):
             num_heads=dense.num_heads,
             dropout=dense.dropout,
             scale=L(scale)(
-                channels=dense.channels,
-                num_heads=dense.num_heads,
-                num_levels=len(arguments.get("strides", [0])),
+                channels=dense.channels, num_heads=dense.num_heads, num_levels=num_levels
             ),
             center_prediction=L(CenterPrediction)(channels=dense.channels) if not index else None,
             **arguments,
@@ -58,7 +56,7 @@ def classify_by_sigmoid(model):
     for head in detector.decoder.heads:
         head.background_classes = 0
         head.prior_probability = 0.01
-    model.losses = [focal_set_loss()]
+    model.losses = [focal_set_loss(class_weight=2.0)]
     model.postprocessor = L(SigmoidTopK)(num_detections=detector.queries.num_queries)
     return model
 
@@ -120,6 +118,7 @@ def smca_multi_scale(
         model.detector.decoder,
         ScaleSelectiveModulatedAttention,
         scale,
+        num_levels=len(strides),
         strides=list(strides),
         distance_factors=list(distance_factors),
         beta=beta,

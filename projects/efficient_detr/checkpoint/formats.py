@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from efficient_detr.checkpoint.conversion import KeyRule
-
-_ATTENTION = r"(sampling_offsets|attention_weights)\."
-_LAYER = r"layers\.(\d+)\."
-
-
-def _deformable(prefix: str, ours: str) -> list[KeyRule]:
-    """Rules for one deformable attention block; `prefix` holds one group, the layer number."""
-    return [
-        KeyRule(prefix + _ATTENTION, ours + r"\2."),
-        KeyRule(prefix + r"value_proj\.", ours + "value_projection."),
-        KeyRule(prefix + r"output_proj\.", ours + "output_projection."),
-    ]
+from efficient_detr.checkpoint.official import (
+    DECODER_LAYER,
+    ENCODER_LAYER,
+    OUR_DECODER_LAYER,
+    OUR_ENCODER_LAYER,
+    deformable_attention,
+    score_network,
+)
 
 
 def _feedforward(prefix: str, ours: str) -> list[KeyRule]:
@@ -22,10 +18,6 @@ def _feedforward(prefix: str, ours: str) -> list[KeyRule]:
         KeyRule(prefix + r"ffns\.0\.layers\.0\.0\.", ours + "feedforward.expand."),
         KeyRule(prefix + r"ffns\.0\.layers\.1\.", ours + "feedforward.contract."),
     ]
-
-
-_ENCODER, _OUR_ENCODER = r"transformer\.encoder\." + _LAYER, r"detector.encoder.layers.\1."
-_DECODER, _OUR_DECODER = r"transformer\.decoder\." + _LAYER, r"detector.decoder.layers.\1."
 
 
 def detrex(decoder_layers: int) -> list[KeyRule]:
@@ -43,43 +35,30 @@ def detrex(decoder_layers: int) -> list[KeyRule]:
         KeyRule(r"neck\.(convs|extra_convs)\.(\d+)\.norm\.", r"detector.neck.\1.\2.norm."),
         KeyRule(r"transformer\.level_embeds", "detector.tokenizer.level_embedding"),
         KeyRule(r"transformer\.alpha", "detector.selection.modulation"),
+        *score_network(),
         KeyRule(
-            r"transformer\.enc_mask_predictor\.layer1\.0\.", "detector.selection.score_head.norm."
+            ENCODER_LAYER + r"attentions\.0\.attn\.",
+            OUR_ENCODER_LAYER + "object_attention.attention.",
         ),
-        KeyRule(
-            r"transformer\.enc_mask_predictor\.layer1\.1\.",
-            "detector.selection.score_head.project.",
+        KeyRule(ENCODER_LAYER + r"norm2\.", OUR_ENCODER_LAYER + "object_attention.norm."),
+        *deformable_attention(
+            ENCODER_LAYER + r"attentions\.[01]\.", OUR_ENCODER_LAYER + "attention."
         ),
-        KeyRule(
-            r"transformer\.enc_mask_predictor\.layer2\.0\.",
-            "detector.selection.score_head.hidden.0.",
-        ),
-        KeyRule(
-            r"transformer\.enc_mask_predictor\.layer2\.2\.",
-            "detector.selection.score_head.hidden.1.",
-        ),
-        KeyRule(
-            r"transformer\.enc_mask_predictor\.layer2\.4\.", "detector.selection.score_head.score."
-        ),
-        KeyRule(
-            _ENCODER + r"attentions\.0\.attn\.",
-            _OUR_ENCODER + "object_attention.attention.",
-        ),
-        KeyRule(_ENCODER + r"norm2\.", _OUR_ENCODER + "object_attention.norm."),
-        *_deformable(_ENCODER + r"attentions\.[01]\.", _OUR_ENCODER + "attention."),
-        *_feedforward(_ENCODER, _OUR_ENCODER),
-        KeyRule(_ENCODER + r"norms\.0\.", _OUR_ENCODER + "attention_norm."),
-        KeyRule(_ENCODER + r"norms\.1\.", _OUR_ENCODER + "feedforward_norm."),
+        *_feedforward(ENCODER_LAYER, OUR_ENCODER_LAYER),
+        KeyRule(ENCODER_LAYER + r"norms\.0\.", OUR_ENCODER_LAYER + "attention_norm."),
+        KeyRule(ENCODER_LAYER + r"norms\.1\.", OUR_ENCODER_LAYER + "feedforward_norm."),
         KeyRule(r"transformer\.enc_output_norm\.", "detector.proposals.norm."),
         KeyRule(r"transformer\.enc_output\.", "detector.proposals.projection."),
         KeyRule(r"transformer\.tgt_embed\.weight", "detector.queries.content"),
         KeyRule(r"label_enc\.", "detector.denoising.label_embedding."),
-        KeyRule(_DECODER + r"attentions\.0\.attn\.", _OUR_DECODER + "self_attention."),
-        *_deformable(_DECODER + r"attentions\.1\.", _OUR_DECODER + "cross_attention."),
-        *_feedforward(_DECODER, _OUR_DECODER),
-        KeyRule(_DECODER + r"norms\.0\.", _OUR_DECODER + "self_attention_norm."),
-        KeyRule(_DECODER + r"norms\.1\.", _OUR_DECODER + "cross_attention_norm."),
-        KeyRule(_DECODER + r"norms\.2\.", _OUR_DECODER + "feedforward_norm."),
+        KeyRule(DECODER_LAYER + r"attentions\.0\.attn\.", OUR_DECODER_LAYER + "self_attention."),
+        *deformable_attention(
+            DECODER_LAYER + r"attentions\.1\.", OUR_DECODER_LAYER + "cross_attention."
+        ),
+        *_feedforward(DECODER_LAYER, OUR_DECODER_LAYER),
+        KeyRule(DECODER_LAYER + r"norms\.0\.", OUR_DECODER_LAYER + "self_attention_norm."),
+        KeyRule(DECODER_LAYER + r"norms\.1\.", OUR_DECODER_LAYER + "cross_attention_norm."),
+        KeyRule(DECODER_LAYER + r"norms\.2\.", OUR_DECODER_LAYER + "feedforward_norm."),
         KeyRule(r"transformer\.decoder\.norm\.", "detector.decoder.norm."),
         KeyRule(
             r"transformer\.decoder\.ref_point_head\.",

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from efficient_detr.checkpoint.conversion import KeyRule
 
-_ENCODER = r"transformer\.encoder\.layers\.(\d+)\."
-_DECODER = r"transformer\.decoder\.layers\.(\d+)\."
-_OUR_ENCODER = r"detector.encoder.layers.\1."
-_OUR_DECODER = r"detector.decoder.layers.\1."
+ENCODER_LAYER = r"transformer\.encoder\.layers\.(\d+)\."
+DECODER_LAYER = r"transformer\.decoder\.layers\.(\d+)\."
+OUR_ENCODER_LAYER = r"detector.encoder.layers.\1."
+OUR_DECODER_LAYER = r"detector.decoder.layers.\1."
 
 
 def detr() -> list[KeyRule]:
     """DETR, whichever backbone, with the norms after or before the branches of a layer."""
     return [
-        KeyRule(_ENCODER + r"self_attn\.", _OUR_ENCODER + "attention."),
-        KeyRule(_DECODER + r"multihead_attn\.", _OUR_DECODER + "cross_attention."),
+        KeyRule(ENCODER_LAYER + r"self_attn\.", OUR_ENCODER_LAYER + "attention."),
+        KeyRule(DECODER_LAYER + r"multihead_attn\.", OUR_DECODER_LAYER + "cross_attention."),
         # In the order of execution: self-attention, cross-attention, feed-forward network.
         *_decoder_norms(self_attention=1, cross_attention=2, feedforward=3),
         *_shared_by_all_layers(),
@@ -83,15 +83,10 @@ def sparse_detr(
         for layer in range(encoder_layers - 1)
         for rule in _head(decoder_layers + 1 + layer, f"detector.encoder_heads.heads.{layer}.")
     ]
-    predictor = r"transformer\.enc_mask_predictor\."
     return [
         *encoder_heads,
         KeyRule(r"transformer\.encoder\.(class|bbox)_embed\.", None),
-        KeyRule(predictor + r"layer1\.0\.", "detector.selection.score_head.norm."),
-        KeyRule(predictor + r"layer1\.1\.", "detector.selection.score_head.project."),
-        KeyRule(predictor + r"layer2\.0\.", "detector.selection.score_head.hidden.0."),
-        KeyRule(predictor + r"layer2\.2\.", "detector.selection.score_head.hidden.1."),
-        KeyRule(predictor + r"layer2\.4\.", "detector.selection.score_head.score."),
+        *score_network(),
         *deformable_detr_refine(
             num_maps=num_maps, num_levels=num_levels, decoder_layers=decoder_layers
         ),
@@ -101,8 +96,10 @@ def sparse_detr(
 def _deformable_transformer(num_maps: int, num_levels: int) -> list[KeyRule]:
     """Everything but the heads of Deformable DETR and Sparse DETR."""
     return [
-        *_deformable_attention(_ENCODER + r"self_attn\.", _OUR_ENCODER + "attention."),
-        *_deformable_attention(_DECODER + r"cross_attn\.", _OUR_DECODER + "cross_attention."),
+        *deformable_attention(ENCODER_LAYER + r"self_attn\.", OUR_ENCODER_LAYER + "attention."),
+        *deformable_attention(
+            DECODER_LAYER + r"cross_attn\.", OUR_DECODER_LAYER + "cross_attention."
+        ),
         # Numbered by their place in the constructor, not in the order of execution.
         *_decoder_norms(self_attention=2, cross_attention=1, feedforward=3),
         *_shared_by_all_layers(),
@@ -117,7 +114,7 @@ def _deformable_transformer(num_maps: int, num_levels: int) -> list[KeyRule]:
     ]
 
 
-def _deformable_attention(theirs: str, ours: str) -> list[KeyRule]:
+def deformable_attention(theirs: str, ours: str) -> list[KeyRule]:
     """One deformable attention; the pattern `theirs` holds one group, the number of the layer."""
     return [
         KeyRule(theirs + r"(sampling_offsets|attention_weights)\.", ours + r"\2."),
@@ -125,25 +122,41 @@ def _deformable_attention(theirs: str, ours: str) -> list[KeyRule]:
     ]
 
 
+def score_network() -> list[KeyRule]:
+    """The network that scores tokens, the same in Sparse DETR and Focus-DETR."""
+    theirs, ours = r"transformer\.enc_mask_predictor\.", "detector.selection.score_head."
+    return [
+        KeyRule(theirs + r"layer1\.0\.", ours + "norm."),
+        KeyRule(theirs + r"layer1\.1\.", ours + "project."),
+        KeyRule(theirs + r"layer2\.0\.", ours + "hidden.0."),
+        KeyRule(theirs + r"layer2\.2\.", ours + "hidden.1."),
+        KeyRule(theirs + r"layer2\.4\.", ours + "score."),
+    ]
+
+
 def _decoder_norms(*, self_attention: int, cross_attention: int, feedforward: int) -> list[KeyRule]:
     """The norms of a decoder layer, by the number that each has in the official layer."""
     return [
-        KeyRule(rf"{_DECODER}norm{self_attention}\.", _OUR_DECODER + "self_attention_norm."),
-        KeyRule(rf"{_DECODER}norm{cross_attention}\.", _OUR_DECODER + "cross_attention_norm."),
-        KeyRule(rf"{_DECODER}norm{feedforward}\.", _OUR_DECODER + "feedforward_norm."),
+        KeyRule(
+            rf"{DECODER_LAYER}norm{self_attention}\.", OUR_DECODER_LAYER + "self_attention_norm."
+        ),
+        KeyRule(
+            rf"{DECODER_LAYER}norm{cross_attention}\.", OUR_DECODER_LAYER + "cross_attention_norm."
+        ),
+        KeyRule(rf"{DECODER_LAYER}norm{feedforward}\.", OUR_DECODER_LAYER + "feedforward_norm."),
     ]
 
 
 def _shared_by_all_layers() -> list[KeyRule]:
     """What DETR and Deformable DETR name alike inside their layers."""
     return [
-        KeyRule(_DECODER + r"self_attn\.", _OUR_DECODER + "self_attention."),
-        KeyRule(_ENCODER + r"norm1\.", _OUR_ENCODER + "attention_norm."),
-        KeyRule(_ENCODER + r"norm2\.", _OUR_ENCODER + "feedforward_norm."),
-        KeyRule(_ENCODER + r"linear1\.", _OUR_ENCODER + "feedforward.expand."),
-        KeyRule(_ENCODER + r"linear2\.", _OUR_ENCODER + "feedforward.contract."),
-        KeyRule(_DECODER + r"linear1\.", _OUR_DECODER + "feedforward.expand."),
-        KeyRule(_DECODER + r"linear2\.", _OUR_DECODER + "feedforward.contract."),
+        KeyRule(DECODER_LAYER + r"self_attn\.", OUR_DECODER_LAYER + "self_attention."),
+        KeyRule(ENCODER_LAYER + r"norm1\.", OUR_ENCODER_LAYER + "attention_norm."),
+        KeyRule(ENCODER_LAYER + r"norm2\.", OUR_ENCODER_LAYER + "feedforward_norm."),
+        KeyRule(ENCODER_LAYER + r"linear1\.", OUR_ENCODER_LAYER + "feedforward.expand."),
+        KeyRule(ENCODER_LAYER + r"linear2\.", OUR_ENCODER_LAYER + "feedforward.contract."),
+        KeyRule(DECODER_LAYER + r"linear1\.", OUR_DECODER_LAYER + "feedforward.expand."),
+        KeyRule(DECODER_LAYER + r"linear2\.", OUR_DECODER_LAYER + "feedforward.contract."),
     ]
 
 

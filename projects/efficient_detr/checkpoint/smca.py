@@ -8,21 +8,24 @@ as the published models do. All tables only rename: shapes agree as they are.
 from __future__ import annotations
 
 from efficient_detr.checkpoint.conversion import KeyRule
-from efficient_detr.checkpoint.official import detr
+from efficient_detr.checkpoint.official import (
+    DECODER_LAYER,
+    ENCODER_LAYER,
+    OUR_DECODER_LAYER,
+    OUR_ENCODER_LAYER,
+    detr,
+)
 
-_ENCODER = r"transformer\.encoder\.layers\.(\d+)\."
-_DECODER = r"transformer\.decoder\.layers\.(\d+)\."
-_OUR_ENCODER = r"detector.encoder.layers.\1."
-_OUR_ATTENTION = r"detector.decoder.layers.\1.cross_attention."
+_OUR_ATTENTION = OUR_DECODER_LAYER + "cross_attention."
 
 
 def smca() -> list[KeyRule]:
     """The single-scale model, with any type of scale."""
     return [
-        KeyRule(_DECODER + r"norm4\.", _OUR_ATTENTION + "norm."),
-        KeyRule(_DECODER + r"point1\.", _OUR_ATTENTION + "center_prediction."),
-        KeyRule(_DECODER + r"point2\.", _OUR_ATTENTION + "head_offsets."),
-        KeyRule(_DECODER + r"point3\.", _OUR_ATTENTION + "scale.projection."),
+        KeyRule(DECODER_LAYER + r"norm4\.", _OUR_ATTENTION + "norm."),
+        KeyRule(DECODER_LAYER + r"point1\.", _OUR_ATTENTION + "center_prediction."),
+        KeyRule(DECODER_LAYER + r"point2\.", _OUR_ATTENTION + "head_offsets."),
+        KeyRule(DECODER_LAYER + r"point3\.", _OUR_ATTENTION + "scale.projection."),
         *detr(),
     ]
 
@@ -33,24 +36,27 @@ def smca_conv() -> list[KeyRule]:
     Its convolutions between levels are numbered if every pair of levels has its own, and have no
     number if the pairs share one.
     """
-    exchange = _OUR_ENCODER + "exchange."
+    exchange = OUR_ENCODER_LAYER + "exchange."
     pairs = [
-        KeyRule(rf"{_ENCODER}{theirs}_{pair + 1}\.", f"{exchange}{ours}.{pair}.")
+        KeyRule(rf"{ENCODER_LAYER}{theirs}_{pair + 1}\.", f"{exchange}{ours}.{pair}.")
         for theirs, ours in (("high_to_low", "down"), ("low_to_high", "up"))
         for pair in range(3)
     ]
     levels = [
-        KeyRule(rf"{_ENCODER}self_attn_{stride}\.", f"{_OUR_ENCODER}level_convolutions.{level}.")
+        KeyRule(
+            rf"{ENCODER_LAYER}self_attn_{stride}\.",
+            f"{OUR_ENCODER_LAYER}level_convolutions.{level}.",
+        )
         for level, stride in enumerate((8, 16, 32, 64))
     ]
     return [
         *levels,
         *pairs,
-        KeyRule(_ENCODER + r"high_to_low\.", exchange + "down."),
-        KeyRule(_ENCODER + r"low_to_high\.", exchange + "up."),
-        KeyRule(_ENCODER + r"conv_1\.", _OUR_ENCODER + "input_projection."),
-        KeyRule(_ENCODER + r"conv_2\.", _OUR_ENCODER + "output_projection."),
-        KeyRule(_ENCODER + r"norm1\.", _OUR_ENCODER + "convolution_norm."),
+        KeyRule(ENCODER_LAYER + r"high_to_low\.", exchange + "down."),
+        KeyRule(ENCODER_LAYER + r"low_to_high\.", exchange + "up."),
+        KeyRule(ENCODER_LAYER + r"conv_1\.", OUR_ENCODER_LAYER + "input_projection."),
+        KeyRule(ENCODER_LAYER + r"conv_2\.", OUR_ENCODER_LAYER + "output_projection."),
+        KeyRule(ENCODER_LAYER + r"norm1\.", OUR_ENCODER_LAYER + "convolution_norm."),
         KeyRule(r"transformer\.conv\.", "detector.encoder.reduction."),
         *_several_levels(("512", "1024", "2048")),
     ]
@@ -79,7 +85,7 @@ def _several_levels(maps: tuple[str, ...]) -> list[KeyRule]:
         *projections,
         KeyRule(rf"input_proj_{maps[-1]}_3\.", "detector.neck.extra_convs.0."),
         KeyRule(r"transformer\.level_embed", "detector.tokenizer.level_embedding"),
-        KeyRule(_DECODER + r"point4\.", _OUR_ATTENTION + "level_selection."),
+        KeyRule(DECODER_LAYER + r"point4\.", _OUR_ATTENTION + "level_selection."),
         *smca(),
     ]
 

@@ -7,6 +7,7 @@ override silently as a new key and fail on a wrong path only after the model has
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
     Args:
         config_file: path of a ``.py`` or ``.yaml`` config.
         overrides: ``path.to.key=value`` in Hydra's grammar; ``+path.to.key=value`` adds a key that
-            the config does not know.
+            the config does not know. ``=None`` means what it means in Python, like ``=null``.
 
     Returns:
         The config with the overrides applied.
@@ -112,9 +113,11 @@ def load_config(config_file: str, overrides: Sequence[str]) -> DictConfig:
         ) from error
     if not isinstance(config, DictConfig) or config._is_none():
         raise UserError(f"The config file {config_file} cannot be loaded: it holds no keys.")
+    # Hydra's grammar would read None as a string of four letters.
+    overrides = [re.sub(r"=\s*None\s*$", "=null", override) for override in overrides]
     check_overrides(config, overrides)
     try:
-        return LazyConfig.apply_overrides(config, list(overrides))
+        return LazyConfig.apply_overrides(config, overrides)
     except (KeyError, NotImplementedError, OmegaConfBaseException) as error:
         raise UserError(f"The overrides {list(overrides)} fail: {_line(error)}") from error
 

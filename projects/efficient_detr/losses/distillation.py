@@ -48,8 +48,7 @@ class BoxDistillationLoss(DetectorLoss):
     """`loss_box_distillation`: how far the student's boxes are from the teacher's.
 
     Boxes of the last decoder layer are compared query by query, without matching. The teacher's
-    are targets and get no gradient.
-    Classes are not distilled, as in the paper.
+    are targets and get no gradient. Classes are not distilled, as in the paper.
 
     Args:
         weight: factor of the loss.

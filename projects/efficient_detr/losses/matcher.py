@@ -41,7 +41,7 @@ class FocalClassCost(nn.Module):
 
 
 class SoftmaxClassCost(nn.Module):
-    """Cost of a class under the softmax: minus its probability (DETR, equation 1)."""
+    """Cost of a class under the softmax: minus its probability (DETR, section 3.1)."""
 
     background_classes: ClassVar[int] = 1
 

@@ -2,9 +2,8 @@
 
 The same loss serves the last decoder layer, the auxiliary layers (suffix `_0`, `_1`, ...), the
 encoder's proposals (`_enc`), the encoder's layers (`_enc_0`, ...) and the denoising queries (`_dn`,
-`_dn_0`, ...). Only the matching
-differs: predictions and proposals are matched by cost, each on its own; a denoising query belongs
-to the box that it was made from.
+`_dn_0`, ...). Only the matching differs: predictions and proposals are matched by cost, each on its
+own; a denoising query belongs to the box that it was made from.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class FocalClassLoss(nn.Module):
 
 
 class SoftmaxClassLoss(nn.Module):
-    """Cross entropy with the last class for queries without a box (DETR, appendix A.2).
+    """Cross entropy with the last class for queries without a box (DETR, equation 2).
 
     Args:
         no_object_weight: weight of those queries, in (0, 1]; they are many.

@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from efficient_detr.boxes import cxcywh_to_xyxy
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.attention.spatially_modulated import ModulatedAttention
 from efficient_detr.structures import DetectorOutput, FeatureTokens
@@ -190,8 +191,7 @@ def _chosen(logits: Tensor, queries: Sequence[int] | None) -> list[int]:
 def _corners(box: Tensor, image: Image) -> NDArray[np.float64]:
     """(x0, y0, x1, y1) in pixels from a box (cx, cy, w, h) in [0, 1]."""
     height, width = image.shape[:2]
-    center, size = box.double().cpu().numpy().reshape(2, 2) * (width, height)
-    return np.concatenate([center - size / 2, center + size / 2])
+    return cxcywh_to_xyxy(box.double().cpu()).numpy() * (width, height, width, height)
 
 
 def _level_maps(values: Tensor, memory: FeatureTokens, level: int) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from efficient_detr.modeling.attention.dense import DenseEncoderAttention, SelfA
 from efficient_detr.modeling.attention.token_clustering import TokenClustering
 from efficient_detr.ops.lsh_clustering import ClusterAssignment
 from efficient_detr.structures import FeatureTokens
-from tests.tiny_models import random_tokens
+from tests.tiny_models import random_tokens, randomised
 
 CHANNELS, HEADS, D = 16, 2, 8
 SIDES = ["query", "key", "both"]
@@ -49,8 +49,7 @@ def build(
     }
     options = {"min_tokens": 0, "max_cluster_ratio": 1.0, **options}
     attention = kind(channels=CHANNELS, num_heads=HEADS, **parts, **options)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    randomised(attention, 0.4)
     return attention.eval()
 
 

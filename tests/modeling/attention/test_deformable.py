@@ -17,7 +17,7 @@ from efficient_detr.modeling.attention import (
 from efficient_detr.ops import library
 from efficient_detr.ops.deformable_attention_pytorch import sample_by_grid_sample
 from efficient_detr.structures import FeatureTokens
-from tests.tiny_models import random_tokens
+from tests.tiny_models import random_tokens, randomised
 
 SHAPES = [(4, 6), (2, 3)]
 NO_KERNELS = library.missing_reason(torch.device("cpu"))
@@ -84,8 +84,7 @@ def test_offsets_in_a_box_count_in_its_half_sizes() -> None:
 
 def test_encoder_attention_formula() -> None:
     attention = DeformableEncoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    randomised(attention)
     tokens = random_tokens(SHAPES, batch=2)
     query, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     reference = torch.rand(2, 5, 2, 2)
@@ -193,8 +192,7 @@ def test_same_with_and_without_kernels(
 ) -> None:
     """Outputs and all gradients, of the references too; under autocast values are bfloat16."""
     attention = family(channels=16, num_heads=2, num_levels=2, num_points=4)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    randomised(attention)
     tokens = random_tokens(SHAPES, batch=2, channels=16, sizes=[(32, 48), (20, 48)])
     decoder = family is DeformableDecoderAttention
     reference = torch.rand(2, 5, 4) if decoder else torch.rand(2, 5, 2, 2)
@@ -235,8 +233,7 @@ def test_decoder_attention_scales_points_by_the_valid_ratios() -> None:
 def test_sampling_is_what_the_attention_does(size: int) -> None:
     """Locations and weights, put through the plain operator, give the attention's output."""
     attention = DeformableDecoderAttention(channels=8, num_heads=2, num_levels=2, num_points=3)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    randomised(attention)
     tokens = random_tokens(SHAPES, batch=2)
     query, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     references = torch.rand(2, 5, size)

@@ -25,8 +25,7 @@ BOTH = pytest.mark.parametrize("family", [DenseEncoderAttention, DenseDecoderAtt
 
 def generic(channels: int = 8, num_heads: int = 2) -> SelfAttention:
     attention = SelfAttention(channels=channels, num_heads=num_heads)
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    randomised(attention, 0.4)
     return attention.eval()
 
 

@@ -8,7 +8,7 @@ import torch
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
-from tests.tiny_models import random_tokens
+from tests.tiny_models import random_tokens, randomised
 
 SHAPES = [(4, 8), (2, 4)]
 
@@ -67,8 +67,7 @@ def test_invalid_tokens_share_one_vector() -> None:
 
 def test_predictions() -> None:
     module = build()
-    for parameter in module.head.box_layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    randomised(module.head.box_layers)
     tokens = random_tokens(SHAPES, sizes=[(32, 64), (16, 40)])
     proposals = module(tokens)
     boxes, valid = module.proposal_boxes(tokens)

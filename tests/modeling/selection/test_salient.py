@@ -6,22 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ProposalHead
 from efficient_detr.modeling.selection import ForegroundScoreHead, SalientTokenSelector
 from efficient_detr.modeling.selection.base import TokenSelector
-from tests.tiny_models import random_tokens
+from tests.tiny_models import FirstChannel, random_tokens
 
 SHAPES = [(6, 8), (3, 4), (2, 2)]  # 48 + 12 + 4 = 64 tokens
-
-
-class FirstChannel(nn.Module):
-    """Stands in for the score head: the score of a token is its first channel."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features[..., 0]
 
 
 def selector(**changes: Any) -> SalientTokenSelector:

@@ -8,6 +8,8 @@ Keys can be clustered as well: a mean key then stands for as many keys as its cl
 
 The parameters are those of dense attention, so the weights of a trained DETR fit. What may differ
 from image to image is decided for each image on its own, never by the batch it is part of.
+
+Shape letters as everywhere, but in shapes with heads C counts clusters, as in `lsh_clustering`.
 """
 
 from __future__ import annotations

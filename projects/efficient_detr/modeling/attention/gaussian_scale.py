@@ -1,4 +1,4 @@
-"""How wide the Gaussians of spatially modulated attention are, and along which axes (SMCA, 3.3).
+"""How wide the Gaussians of spatially modulated attention are, and along which axes (SMCA).
 
 The published code multiplies squared distances by the square of a predicted number, so that number
 is an inverse width: 0 switches the modulation off, large numbers make it narrow. Each kind of scale

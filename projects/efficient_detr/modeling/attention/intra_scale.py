@@ -1,4 +1,4 @@
-"""Encoder attention inside every level by itself (SMCA, section 3.4: intra-scale attention)."""
+"""Encoder attention inside every level by itself: SMCA's intra-scale attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spatially modulated co-attention: queries look around a predicted centre (SMCA, section 3).
+"""Spatially modulated co-attention: queries look around a predicted centre (SMCA).
 
 Each head of each query has a Gaussian over the cells of a level. Its logarithm is added to the
 attention logits before the softmax. With cells n at integer indices (x_n, y_n), head centres c and
@@ -248,7 +248,7 @@ class ModulatedAttention(MultiHeadAttention, DecoderAttention):
 
 
 class SpatiallyModulatedAttention(ModulatedAttention):
-    """Modulated attention to a memory of one level (SMCA, sections 3.2 and 3.3).
+    """Modulated attention to a memory of one level (SMCA).
 
     Args:
         stride: pixels a cell of the memory.
@@ -287,7 +287,7 @@ class SpatiallyModulatedAttention(ModulatedAttention):
 
 
 class ScaleSelectiveModulatedAttention(ModulatedAttention):
-    """Modulated attention to each level by itself, weighed by the query (SMCA, section 3.4).
+    """Modulated attention to each level by itself, weighed by the query: scale selection (SMCA).
 
     The published code gives all images of a batch the level weights of the first one; here each
     image has its own.

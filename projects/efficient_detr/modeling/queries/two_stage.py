@@ -121,29 +121,32 @@ class EmbeddedBoxQueries(TwoStageQueries):
     Args:
         num_queries: Q.
         channels: C.
-        out_channels: size of a projected box embedding.
         score: what scores a proposal.
         temperature: ratio of the longest to the shortest wavelength of the embedding.
+
+    Attributes:
+        embeddings: how many vectors of C channels a box is projected to.
     """
 
     gives_positions = True
+    embeddings: ClassVar[int]
 
     def __init__(
         self,
         *,
         num_queries: int,
         channels: int,
-        out_channels: int,
         score: BestClassScore | FirstClassScore,
         temperature: float = 10000.0,
     ) -> None:
         super().__init__(num_queries=num_queries, score=score)
+        out_channels = self.embeddings * channels
         self.temperature = temperature
         self.projection = xavier_linear(2 * channels, out_channels)
         self.norm = nn.LayerNorm(out_channels)
 
     def embed(self, proposals: Proposals) -> tuple[Tensor, Tensor, Tensor]:
-        """Select Q proposals: indices (B, Q), boxes (B, Q, 4) and embeddings (B, Q, out)."""
+        """Select Q proposals: indices (B, Q), boxes (B, Q, 4), embeddings (B, Q, embeddings C)."""
         indices = self.select(self.score(proposals.logits))
         boxes = gather_tokens(proposals.box_logits, indices).sigmoid().detach()
         embedding = box_embedding(boxes, self.projection.in_features, self.temperature)
@@ -153,28 +156,10 @@ class EmbeddedBoxQueries(TwoStageQueries):
 class BoxEmbeddedQueries(EmbeddedBoxQueries):
     """Position and content both from the embedding of the box (Deformable DETR, appendix A.4).
 
-    Args:
-        num_queries: Q.
-        channels: C.
-        score: what scores a proposal.
-        temperature: ratio of the longest to the shortest wavelength of the embedding.
+    Args: as of `EmbeddedBoxQueries`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_queries: int,
-        channels: int,
-        score: BestClassScore | FirstClassScore,
-        temperature: float = 10000.0,
-    ) -> None:
-        super().__init__(
-            num_queries=num_queries,
-            channels=channels,
-            out_channels=2 * channels,
-            score=score,
-            temperature=temperature,
-        )
+    embeddings = 2
 
     def forward(self, memory: FeatureTokens, proposals: Proposals | None) -> Queries:
         """Select Q proposals."""
@@ -187,28 +172,10 @@ class BoxEmbeddedQueries(EmbeddedBoxQueries):
 class MemoryContentQueries(EmbeddedBoxQueries):
     """Content is the token itself, position the embedding of its box (Sparse DETR's released code).
 
-    Args:
-        num_queries: Q.
-        channels: C.
-        score: what scores a proposal.
-        temperature: ratio of the longest to the shortest wavelength of the embedding.
+    Args: as of `EmbeddedBoxQueries`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_queries: int,
-        channels: int,
-        score: BestClassScore | FirstClassScore,
-        temperature: float = 10000.0,
-    ) -> None:
-        super().__init__(
-            num_queries=num_queries,
-            channels=channels,
-            out_channels=channels,
-            score=score,
-            temperature=temperature,
-        )
+    embeddings = 1
 
     def forward(self, memory: FeatureTokens, proposals: Proposals | None) -> Queries:
         """Select Q proposals."""
