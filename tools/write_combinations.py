@@ -8,9 +8,11 @@ That those that build also train is shown by `pytest tests/test_combinations.py`
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from efficient_detr.files import replaced_file
@@ -88,12 +90,17 @@ Names in brackets are classes; the rest are keys of the config.
 """
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=DOCUMENT, metavar="FILE")
+    output = parser.parse_args(argv).output
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with replaced_file(DOCUMENT) as path:
+    with replaced_file(output) as path:
         path.write_text(document())
-    logger.info("wrote %s", DOCUMENT)
+    logger.info("wrote %s", output)
     return 0
 
 

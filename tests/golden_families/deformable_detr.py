@@ -50,7 +50,9 @@ def deformable_detr_config(fixture: Fixture) -> Any:
 
 def build_deformable_detr(fixture: Fixture) -> EfficientDETR:
     config = deformable_detr_config(fixture)
-    return build(config, backbone_maps(fixture), fixture.weights(), key_rules(fixture))
+    return build(
+        config, backbone_maps(fixture), fixture.weights(), key_rules(fixture), fixture.info
+    )
 
 
 class DeformableRun(Run):

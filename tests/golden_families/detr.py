@@ -34,7 +34,7 @@ def build_detr(fixture: Fixture) -> EfficientDETR:
 
 def build_model(config: Any, fixture: Fixture) -> EfficientDETR:
     """The model of a config with official DETR weights."""
-    return build(config, backbone_maps(fixture), fixture.weights(), official.detr())
+    return build(config, backbone_maps(fixture), fixture.weights(), official.detr(), fixture.info)
 
 
 def backbone_maps(fixture: Fixture) -> dict[str, Tensor]:

@@ -40,10 +40,12 @@ class Fixture:
 
     @classmethod
     def load(cls, json_path: Path) -> Fixture:
-        return cls(
-            info=json.loads(json_path.read_text()),
-            tensors=load_file(json_path.with_suffix(".safetensors")),
-        )
+        info = json.loads(json_path.read_text())
+        tensors = load_file(json_path.with_suffix(".safetensors"))
+        missing = sorted(set(info.get("tensors") or ()) - tensors.keys())
+        if missing:
+            raise ValueError(f"{json_path} lists tensors that its safetensors lack: {missing}")
+        return cls(info, tensors)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def build(
     features: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     rules: Sequence[KeyRule],
+    settings: Mapping[str, Any] | None = None,
 ) -> EfficientDETR:
     """A model in evaluation mode that starts at stored backbone maps.
 
@@ -69,8 +70,35 @@ def build(
         features: the backbone's maps.
         state: the weights, under their official keys; all of the model's, and no others.
         rules: official keys -> ours.
+        settings: the fixture's JSON; weights of losses in it take the place of the config's.
     """
     model: EfficientDETR = instantiate(config)
+    use_loss_settings(model, settings or {})
     model.detector.backbone = StoredBackbone(features)
     model.load_state_dict(convert_keys(state, rules), strict=True)
     return model.eval()
+
+
+def use_loss_settings(model: EfficientDETR, info: Mapping[str, Any]) -> None:
+    """Set the weights of the set loss and its matcher where a fixture's JSON gives them."""
+    config, loss = info.get("config") or {}, info.get("loss") or {}
+    given = loss.get("weight_dict", {})
+    weights = {name: given[f"loss_{name}"] for name in ("ce", "bbox", "giou") if given}
+    set_loss = model.losses[0]
+    set_weights(set_loss, weights or config.get("loss_weights", {}), "ce")
+    set_weights(set_loss.matcher, loss.get("matcher_cost") or config.get("matcher", {}), "cls")
+    for part in (set_loss.class_loss, set_loss.matcher.class_cost):
+        for name, setting in (
+            ("alpha", loss.get("focal_alpha")),
+            ("gamma", loss.get("focal_gamma")),
+            ("no_object_weight", config.get("eos_coef")),
+        ):
+            if setting is not None and hasattr(part, name):
+                setattr(part, name, setting)
+
+
+def set_weights(part: Any, weights: Mapping[str, float], class_name: str) -> None:
+    """Weigh the terms of a matcher or set loss; `class_name` is their name for the class."""
+    names = {class_name: "class_weight", "bbox": "box_weight", "giou": "giou_weight"}
+    for name, weight in weights.items():
+        setattr(part, names[name], weight)

@@ -160,7 +160,8 @@ def single_config(fixture: Fixture) -> Any:
 
 def build_single(fixture: Fixture) -> EfficientDETR:
     rules = layouts.smca()
-    return build(single_config(fixture), backbone_maps(fixture), fixture.weights(), rules)
+    config, maps = single_config(fixture), backbone_maps(fixture)
+    return build(config, maps, fixture.weights(), rules, fixture.info)
 
 
 def compare_single(comparison: Comparison) -> None:
@@ -199,7 +200,8 @@ def multi_scale_config(fixture: Fixture) -> Any:
 
 def build_multi_scale(fixture: Fixture) -> EfficientDETR:
     rules = layouts.smca_multi_scale()
-    return build(multi_scale_config(fixture), backbone_maps(fixture), fixture.weights(), rules)
+    config, maps = multi_scale_config(fixture), backbone_maps(fixture)
+    return build(config, maps, fixture.weights(), rules, fixture.info)
 
 
 def multi_scale_readers(run: ModulatedRun) -> dict[str, Reader]:
@@ -255,7 +257,7 @@ def build_conv(fixture: Fixture) -> EfficientDETR:
     )
     # The published code keeps the best 500, which may be more than there are queries.
     model.postprocessor.num_detections = 500
-    return build(model, backbone_maps(fixture), weights, layouts.smca_conv())
+    return build(model, backbone_maps(fixture), weights, layouts.smca_conv(), fixture.info)
 
 
 def share_level_weights(model: EfficientDETR) -> EfficientDETR:

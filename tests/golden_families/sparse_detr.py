@@ -62,7 +62,9 @@ def sparse_detr_config(fixture: Fixture) -> Any:
 
 def build_sparse_detr(fixture: Fixture) -> EfficientDETR:
     config = sparse_detr_config(fixture)
-    return build(config, backbone_maps(fixture), fixture.weights(), key_rules(fixture))
+    return build(
+        config, backbone_maps(fixture), fixture.weights(), key_rules(fixture), fixture.info
+    )
 
 
 class SparseRun(DeformableRun):

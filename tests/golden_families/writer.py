@@ -23,6 +23,7 @@ from efficient_detr.checkpoint import smca as smca_layouts
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families import deformable_detr, detr, smca, sparse_detr
 from tests.golden_families.fixture import Fixture, Reader
+from tests.golden_families.training import loss_weights
 from tests.golden_families.transformer import Run
 from tests.tiny_models import padding_mask, total
 
@@ -259,14 +260,17 @@ def training_numbers(run: Any, fixture: Fixture, names: dict[str, str]) -> dict[
             for side, indices in zip(("src", "tgt"), pairs, strict=True):
                 fixture.tensors[f"loss/match.{number}.{image}.{side}"] = indices
     theirs = {"loss_class": "loss_ce", "loss_token_selection": "loss_mask_prediction"}
-    raw = {
+    weighted = {
         re.sub("|".join(theirs), lambda match: theirs[match[0]], name): loss.item()
         for name, loss in losses.items()
     }
+    set_losses = [name for name in weighted if name != "loss_mask_prediction"]
+    weights = dict.fromkeys(weighted, 1.0) | loss_weights(run.model, set_losses)
+    raw = {name: loss / weights[name] for name, loss in weighted.items()}
     return {
         "losses": raw | {"class_error": 3.0, "cardinality_error_enc_0": 2.0},
-        "weight_dict": dict.fromkeys(raw, 1.0),
-        "weighted_total": sum(raw.values()),
+        "weight_dict": weights,
+        "weighted_total": sum(weighted.values()),
         "num_matcher_calls": len(matchings),
         "grad_norm": {
             names[name]: None if parameter.grad is None else parameter.grad.norm().item()
