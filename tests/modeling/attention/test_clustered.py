@@ -19,6 +19,7 @@ from efficient_detr.modeling.attention.clustered import (
     ClusteredSelfAttention,
     clustered_attentions,
     exact_attention,
+    log_shares,
 )
 from efficient_detr.modeling.attention.dense import DenseEncoderAttention, SelfAttention
 from efficient_detr.modeling.attention.token_clustering import TokenClustering
@@ -425,3 +426,11 @@ def test_wrong_attention() -> None:
         ClusteredEncoderAttention(channels=CHANNELS, num_heads=HEADS)
     with pytest.raises(ConfigError, match=r"key_clustering.head_channels=8.*num_heads = 4"):
         ClusteredEncoderAttention(channels=CHANNELS, num_heads=4, key_clustering=clustering())
+
+
+def test_log_shares_are_relative_to_the_largest_cluster() -> None:
+    """Counts 1, 0 and 2 of a head, so log 1/2, log 0 and log 1; a head without members has none."""
+    shares = log_shares(torch.tensor([[[1, 0, 2], [0, 0, 0]]]), torch.float64)
+    half = math.log(0.5)
+    expected = torch.tensor([[[half, -math.inf, 0.0], [-math.inf] * 3]], dtype=torch.float64)
+    torch.testing.assert_close(shares, expected)

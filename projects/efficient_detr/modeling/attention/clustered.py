@@ -212,8 +212,7 @@ class ClusteredAttention(MultiHeadAttention):
         if clusters.keys is not None:
             ids, counts = clusters.keys.ids, clusters.keys.counts
             key, value = cluster_mean(key, ids, counts), cluster_mean(value, ids, counts)
-            # exp(logit + log count) = exp(logit) * count: a mean key weighs as much as its members.
-            mask = counts.to(query.dtype).log().unsqueeze(2)  # (B, H, 1, C)
+            mask = log_shares(counts, query.dtype).unsqueeze(2)  # (B, H, 1, C)
         if clusters.queries is None:
             return self.attend_heads(query, key, value, mask)
         ids, counts = clusters.queries.ids, clusters.queries.counts
@@ -285,6 +284,21 @@ class ClusteredSelfAttention(ClusteredAttention, SelfAttention):
             return super().forward(query, position, attention_mask)
         located = query + position
         return self.attend_clusters(located, located, query)
+
+
+def log_shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What makes a mean key weigh as much as its members: exp(logit + log n) = n exp(logit).
+
+    Args:
+        counts: (B, H, C) members of each cluster.
+        dtype: of the result.
+
+    Returns:
+        (B, H, C) logarithms of n / max n, -inf for no members. The softmax does not see the
+        constant, and half precision is finest near 0, where the largest clusters are.
+    """
+    members = counts.to(torch.promote_types(dtype, torch.float32))
+    return (members / members.amax(-1, keepdim=True).clamp(min=1)).log().to(dtype)
 
 
 @contextmanager
