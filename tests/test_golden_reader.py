@@ -135,6 +135,33 @@ def test_a_wrong_number_in_the_json_fails(pre_norm: Fixture, key: str) -> None:
         compare(Comparison(dataclasses.replace(pre_norm, info=info)))
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("config", "activation", "gelu"),
+        ("config", "eos_coef", 0.2),
+        ("config", "matcher", {"cls": 500, "bbox": 0, "giou": 0}),
+        ("loss", "weight_dict", {"loss_ce": 1.5}),
+    ],
+)
+def test_settings_of_the_json_are_used(
+    pre_norm: Fixture, part: str, key: str, value: object
+) -> None:
+    """With another setting than the fixture was made with, something must differ."""
+    given = pre_norm.info[part]
+    if isinstance(given.get(key), dict) and isinstance(value, dict):
+        value = given[key] | value
+    info = pre_norm.info | {part: given | {key: value}}
+    with pytest.raises(AssertionError):
+        compare(Comparison(dataclasses.replace(pre_norm, info=info)))
+
+
+def test_unknown_activation(pre_norm: Fixture) -> None:
+    info = pre_norm.info | {"config": pre_norm.info["config"] | {"activation": "glu"}}
+    with pytest.raises(ValueError, match="unknown activation 'glu'"):
+        compare(Comparison(dataclasses.replace(pre_norm, info=info)))
+
+
 def test_unknown_tensors(pre_norm: Fixture) -> None:
     """Ours must all be known; in others' folders an unknown intermediate one is a warning."""
     for name, strict in (("inter/new", True), ("out/new", False), ("grad/new", False)):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from efficient_detr.checkpoint import KeyRule, convert_keys
 from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.layers import FeedForward
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "common" / "models"
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 STAGES = ("res2", "res3", "res4", "res5")
 
 
@@ -74,6 +76,7 @@ def build(
     """
     model: EfficientDETR = instantiate(config)
     use_loss_settings(model, settings or {})
+    use_activation(model, settings or {})
     model.detector.backbone = StoredBackbone(features)
     model.load_state_dict(convert_keys(state, rules), strict=True)
     return model.eval()
@@ -102,3 +105,13 @@ def set_weights(part: Any, weights: Mapping[str, float], class_name: str) -> Non
     names = {class_name: "class_weight", "bbox": "box_weight", "giou": "giou_weight"}
     for name, weight in weights.items():
         setattr(part, names[name], weight)
+
+
+def use_activation(model: EfficientDETR, info: Mapping[str, Any]) -> None:
+    """Set the activation of the feed-forward networks where a fixture's JSON names one."""
+    name = (info.get("config") or {}).get("activation", "relu")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r} of a golden fixture: know {[*ACTIVATIONS]}")
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.activation = ACTIVATIONS[name]()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from efficient_detr.modeling.layers import MLP, FeedForward, xavier_linear
 
@@ -24,6 +25,13 @@ def test_feed_forward_formula() -> None:
     x = torch.randn(2, 4, 3)
     hidden = (x @ network.expand.weight.T + network.expand.bias).clamp(min=0)
     expected = hidden @ network.contract.weight.T + network.contract.bias
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_feed_forward_with_another_activation() -> None:
+    network = FeedForward(channels=3, hidden_channels=5, activation=nn.Tanh())
+    x = torch.randn(2, 4, 3)
+    expected = network.contract(network.expand(x).tanh())
     torch.testing.assert_close(network(x), expected)
 
 

@@ -18,19 +18,27 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 class FeedForward(nn.Module):
-    """The position-wise network of a transformer layer: linear, ReLU, linear.
+    """The position-wise network of a transformer layer: linear, activation, linear.
 
     Args:
         channels: C of input and output.
         hidden_channels: width in between.
         dropout: probability after the activation.
+        activation: element by element; None for ReLU, which all published models have.
     """
 
-    def __init__(self, *, channels: int, hidden_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        channels: int,
+        hidden_channels: int,
+        dropout: float = 0.0,
+        activation: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.expand = xavier_linear(channels, hidden_channels)
         self.contract = xavier_linear(hidden_channels, channels)
-        self.activation = nn.ReLU()
+        self.activation = nn.ReLU() if activation is None else activation
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
