@@ -87,14 +87,14 @@ def test_fillers_on_padding_predict_the_whole_image_at_its_corner() -> None:
 
 def test_an_encoder_of_another_length_is_refused() -> None:
     selection = SalientTokenSelector(score_head=ForegroundScoreHead(channels=8), num_layers=3)
-    layer_heads(2).check_encoder(3, selection)
+    layer_heads(2).check_selection(selection)
     with pytest.raises(ConfigError, match="encoder_heads has 3 heads for 3 encoder.layers: give 2"):
-        layer_heads(3).check_encoder(3, selection)
+        layer_heads(3).check_selection(selection)
 
 
 def test_all_tokens_are_refused() -> None:
     tokens, heads = random_tokens(SHAPES), layer_heads(1)
     with pytest.raises(ConfigError, match=r"set detector.selection or remove encoder_heads"):
-        heads.check_encoder(2, None)
+        heads.check_selection(None)
     with pytest.raises(ConfigError, match=r"set detector.selection or remove encoder_heads"):
         heads(EncoderOutput(tokens), proposal_head(), tokens)

@@ -258,5 +258,4 @@ def _check_encoder_heads(detector: Detector) -> None:
             f"detector.encoder_heads ({type(heads).__name__}) refines the boxes of "
             "detector.proposals, which is not set: set it or remove encoder_heads"
         )
-    selection = detector.selection
-    heads.check_encoder(0 if selection is None else len(selection.layer_keep_ratios), selection)
+    heads.check_selection(detector.selection)

@@ -14,6 +14,7 @@ from torch import nn
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries.proposals import ProposalHead
+from efficient_detr.modeling.selection import TokenSelector
 from efficient_detr.structures import EncoderOutput, FeatureTokens, SetPrediction, gather_tokens
 
 
@@ -28,12 +29,11 @@ class EncoderLayerHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
-    def check_encoder(self, num_layers: int, selection: nn.Module | None) -> None:
-        """Refuse an encoder that the heads do not fit.
+    def check_selection(self, selection: TokenSelector | None) -> None:
+        """Refuse a selection that the heads do not fit.
 
         Args:
-            num_layers: number of encoder layers.
-            selection: the detector's token selection, or None.
+            selection: the detector's token selection, which knows the encoder's layers, or None.
 
         Raises:
             ConfigError: if there is no selection, or not one head for each layer but the last.
@@ -43,6 +43,7 @@ class EncoderLayerHeads(nn.Module):
                 "detector.encoder_heads (EncoderLayerHeads) predicts from the tokens of a "
                 "selection: set detector.selection or remove encoder_heads"
             )
+        num_layers = len(selection.layer_keep_ratios)
         if len(self.heads) != num_layers - 1:
             raise ConfigError(
                 f"detector.encoder_heads has {len(self.heads)} heads for {num_layers} "
