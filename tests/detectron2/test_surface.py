@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["projects", "configs", "tools", "tests", "train_net.py", "demo.py"]
+# Configs of Detectron2's own models, which only the real one has.
+EXCEPT = ROOT / "configs" / "detectron2"
 
 
 def _python_files() -> list[Path]:
@@ -16,7 +18,7 @@ def _python_files() -> list[Path]:
     for name in SOURCES:
         path = ROOT / name
         files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]
+    return [file for file in files if file.is_file() and EXCEPT not in file.parents]
 
 
 def _aliases(tree: ast.AST) -> dict[str, str]:
