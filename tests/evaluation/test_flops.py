@@ -20,6 +20,7 @@ from efficient_detr.evaluation import (
     stage_modules,
     tensor_shape,
 )
+from efficient_detr.modeling.backbones.neighborhood_attention import NeighborhoodAttention
 from efficient_detr.ops import (
     cluster_broadcast,
     cluster_mean,
@@ -339,6 +340,18 @@ def test_einsum_of_three_asks_for_products_of_two() -> None:
 @torch.library.custom_op("efficient_detr_test::row_products", mutates_args=())
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-1)
+
+
+def test_neighborhood_attention_is_counted() -> None:
+    """Query times key and weight times value for 3 x 3 neighbours, however they are computed."""
+    attention = NeighborhoodAttention(channels=C, num_heads=H, kernel_size=3)
+    result = count(attention, torch.rand(B, 4, LENGTH, C))
+    cells = B * 4 * LENGTH
+    assert result.operators == {
+        "aten::linear": cells * C * (3 * C + C),
+        "efficient_detr::neighborhood_attention": 2 * cells * 3 * 3 * C,
+    }
+    assert result.total == sum(result.operators.values())
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from fvcore.nn.jit_handles import batchnorm_flop_jit, elementwise_flop_counter, 
 
 from efficient_detr.ops import deformable_attention_library as deformable_attention
 from efficient_detr.ops import lsh_clustering_library as lsh_clustering
+from efficient_detr.ops import neighborhood_attention_library as neighborhood_attention
 
 # Interpolation modes of aten::grid_sampler; 0 is bilinear.
 _NEAREST = 1
@@ -186,6 +187,12 @@ def _sum_of_rows(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     return lsh_clustering.reducing_additions(tensor_shape(inputs[0]))
 
 
+def _neighborhood_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Products with the neighbours; the last argument is the table (heads, 2k - 1, 2k - 1)."""
+    shapes = (tensor_shape(outputs[0]), tensor_shape(inputs[-1]))
+    return neighborhood_attention.multiply_adds(*shapes)
+
+
 def _index_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """One addition an element of the source."""
     return prod(tensor_shape(inputs[3]))
@@ -267,6 +274,7 @@ _HANDLERS: dict[str, FlopHandler] = {
     "aten::index_add_": _index_add,
     "efficient_detr::lsh_hash": _hashing,
     "efficient_detr::cluster_reduce": _sum_of_rows,
+    f"efficient_detr::{neighborhood_attention.NAME}": _neighborhood_attention,
 }
 
 _VIEWS = (
