@@ -14,6 +14,7 @@ from detectron2.config import LazyConfig, instantiate
 from torch import Tensor
 
 from efficient_detr.checkpoint import KeyRule, convert_keys, detrex
+from efficient_detr.checkpoint.conversion import rename_keys
 
 MANIFESTS = Path(__file__).parent / "manifests"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -106,3 +107,33 @@ def test_two_keys_of_one_name() -> None:
     rules = [KeyRule(r"[ab]\.", "c.")]
     with pytest.raises(KeyError, match=r"checkpoint key b\.x and another both become c\.x"):
         convert_keys({"a.x": torch.zeros(1), "b.x": torch.zeros(1)}, rules)
+
+
+def test_dropped_keys_have_reasons() -> None:
+    rules = [KeyRule("a", None, "constants"), KeyRule("b", None), KeyRule("", "ours.")]
+    renamed = rename_keys({key: torch.zeros(1) for key in ("a.x", "b", "c")}, rules)
+    assert renamed.dropped == {"a.x": "constants", "b": "copies of other weights"}
+    assert renamed.names == {"ours.c": "c"}
+
+
+def test_names_of_the_model_decide_between_rules() -> None:
+    """One key can stand for different parts; without a model the first rule has it."""
+    rules = [KeyRule(r"table$", "relative"), KeyRule(r"table$", "fixed")]
+    for known, name in (
+        ((), "relative"),
+        (("fixed",), "fixed"),
+        (("relative", "fixed"), "relative"),
+    ):
+        assert rename_keys({"table": torch.zeros(1)}, rules, known).names == {name: "table"}
+
+
+def test_rules_below_a_module() -> None:
+    outer = r"stages\.(\d+)\.attns\.(\d+)\.", r"stages.\1.blocks.\2.attention."
+    rules = [
+        KeyRule(r"(?:proj_)?qkv\.", "projection.").below(*outer),
+        KeyRule("index", None, "constants").below(*outer),
+    ]
+    keys = ("stages.2.attns.11.qkv.bias", "stages.2.attns.3.index")
+    renamed = rename_keys({key: torch.zeros(1) for key in keys}, rules)
+    assert renamed.names == {"stages.2.blocks.11.attention.projection.bias": keys[0]}
+    assert renamed.dropped == {keys[1]: "constants"}

@@ -14,6 +14,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
 
+from efficient_detr.checkpoint.backbones import convert_backbone
+from efficient_detr.checkpoint.report import LoadReport
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
 
@@ -35,6 +37,10 @@ _READ_ERRORS = (
     ImportError,
     OverflowError,
 )
+
+# Settings that authors pickled beside their weights: whatever has this name in a file becomes a
+# plain dict of Python's, so that no code of others runs.
+_SETTINGS: list[Any] = [(collections.OrderedDict, "yacs.config.CfgNode")]
 
 
 def _array_names() -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _load_pickle(path: str) -> dict[str, Any]:
 def _no_weights(path: str) -> UserError:
     return UserError(
         f"The checkpoint {path} holds no weights: a dict of named tensors is expected, alone or as "
-        "the entry 'model' of a dict."
+        "the entry 'model' or 'state_dict' of a dict."
     )
 
 
@@ -111,12 +117,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
     A checkpoint is written beside its final name and renamed when it is complete, so a run that is
     killed while it saves leaves the previous checkpoint usable. No file can run code when it is
     read: neither ``.pth`` nor ``.pkl``.
+
+    Published checkpoints of backbones, those that `convert_backbone` knows, are loaded into the
+    backbone of the model, with a table of what became of their weights.
     """
 
     # True while `resume` loads, which takes only a file that fits the model completely.
     _resuming = False
     # True from the moment the weights are in the model; what follows are the checkpointables.
     _weights_loaded = False
+    # Set where the file was the published checkpoint of a backbone.
+    _report: LoadReport | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model and the checkpointables.
@@ -192,6 +203,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 )
             return {}
         self._weights_loaded = False
+        self._report = None
         try:
             loaded: dict[str, Any] = super().load(path, checkpointables, **kwargs)
             return loaded
@@ -226,9 +238,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         # Of a ZIP archive and of a pickle, the two formats of torch.save.
         if head not in (b"P", b"\x80"):
             raise ValueError("it is not a file of torch.save")
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SETTINGS):
+            loaded = torch.load(filename, map_location="cpu", weights_only=True)
+        if isinstance(loaded, dict) and "model" not in loaded:
+            weights = loaded.get("state_dict")
+            return {"model": weights} if isinstance(weights, dict) else loaded
+        return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if not self._resuming:
+            self._convert(checkpoint)
         names = len(checkpoint["model"])
         if self._resuming and any(key not in checkpoint for key in self.checkpointables):
             raise UserError(
@@ -246,6 +265,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return incompatible
 
+    def _convert(self, checkpoint: dict[str, Any]) -> None:
+        """Put the published checkpoint of a backbone in the model's own names, if it is one."""
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        source = f"The checkpoint {self._filename}"
+        converted = convert_backbone(checkpoint["model"], self.model, source)
+        if converted is not None:
+            self._report = converted.report
+            checkpoint["model"] = converted.state
+            # Names are exact now; matching them by their ends would misplace heads and norms.
+            checkpoint.pop("matching_heuristics", None)
+
     @staticmethod
     def _of_another_config(path: str) -> UserError:
         return UserError(
@@ -254,6 +284,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
+        if self._report is not None:
+            self._log_report(self._report, incompatible.missing_keys)
+            return
         shapes = list(incompatible.incorrect_shapes)
         if shapes:
             table = tabulate(shapes, headers=["weight", "in the checkpoint", "in the model"])
@@ -268,6 +301,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
         incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in skipped]
         super()._log_incompatible_keys(incompatible)
 
+    def _log_report(self, report: LoadReport, missing: list[str]) -> None:
+        """Say what became of the weights of a published backbone."""
+        inside = f"{report.target}." if report.target else ""
+        others = [
+            name for name in missing if not name.startswith(inside) and name not in report.initial
+        ]
+        # To evaluate a detector with the weights of a backbone alone makes no sense.
+        level = logging.WARNING if others and not self.checkpointables else logging.INFO
+        logger.log(
+            level,
+            "%s weights of %s loaded into %s; %d other weights keep their initial values:\n%s",
+            report.layout,
+            self._filename,
+            report.target or "the model",
+            len(others),
+            report.table(),
+        )
+
 
 def _unreadable(path: str, error: BaseException) -> str:
     """The sentence for an error of reading; PyTorch's advice to allow code is left out."""
@@ -277,7 +328,8 @@ def _unreadable(path: str, error: BaseException) -> str:
     if refused or "weights_only" in text or "Weights only" in text:
         return (
             f"The checkpoint {path} cannot be loaded: the file holds code or objects that are not "
-            "tensors and is refused; save only the state dict."
+            "tensors and is refused; if you trust it, open it where its authors' code is installed "
+            "and save its state dict alone."
         )
     reason = (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return (
