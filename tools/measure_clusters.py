@@ -25,18 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
-from efficient_detr.engine.checks import (
-    check_arguments,
-    check_device,
-    check_init_checkpoint,
-    load_config,
-)
 from efficient_detr.engine.commands import (
     NO_PICTURE_STATUS,
+    picture_config,
     picture_parser,
     report_user_error,
     start_logging,
@@ -106,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> Found:
     """Measure all pictures and write the files."""
     hashings = chosen_hashings(args)
-    config = checked_config(args)
+    config = picture_config(args)
     files = picture_files(args.input)
     if args.output:
         make_folder(args.output)
@@ -162,16 +156,6 @@ def chosen_hashings(args: argparse.Namespace) -> list[Hashing]:
         for width in args.widths
         for rounds in args.rounds
     ]
-
-
-def checked_config(args: argparse.Namespace) -> DictConfig:
-    """The config with its overrides, if the model can be built and loaded."""
-    weights = [] if args.weights is None else [f"train.init_checkpoint='{args.weights}'"]
-    config = load_config(args.config_file, [*args.opts, *weights])
-    check_arguments(config)
-    check_device(config, 1)
-    check_init_checkpoint(config)
-    return config
 
 
 def make_folder(folder: Path) -> None:

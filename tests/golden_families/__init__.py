@@ -12,6 +12,8 @@ from collections.abc import Callable
 from tests.golden_families import (
     act_attention,
     act_detr,
+    dat,
+    dat_attention,
     deformable_attention,
     deformable_detr,
     detr,
@@ -27,6 +29,10 @@ from tests.golden_families.fixture import Comparison
 FAMILIES: dict[str, dict[str, Callable[[Comparison], None]]] = {
     "act_attention": {"eval": act_attention.compare},
     "act_detr": {"eval": act_detr.compare},
+    "dat": {"eval": dat.compare},
+    "dat_attention_op": {"eval": dat_attention.compare},
+    "dat_detection": {"eval": dat.compare},
+    "dat_pp": {"eval": dat.compare},
     "deformable_detr": {"eval": deformable_detr.compare},
     "detr": {"eval": detr.compare},
     "detr_functions": {"eval": detr_functions.compare},

@@ -6,7 +6,14 @@ import argparse
 import sys
 
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
 
+from efficient_detr.engine.checks import (
+    check_arguments,
+    check_device,
+    check_init_checkpoint,
+    load_config,
+)
 from efficient_detr.engine.train import set_up_logging
 from efficient_detr.errors import UserError
 
@@ -46,3 +53,20 @@ def picture_parser(description: str | None) -> argparse.ArgumentParser:
         "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, path.to.key=value"
     )
     return parser
+
+
+def picture_config(args: argparse.Namespace) -> DictConfig:
+    """The config that a command line about pictures asks for.
+
+    Args:
+        args: of `picture_parser`, with an option ``--weights``.
+
+    Raises:
+        UserError: if the model cannot be built or its weights do not exist.
+    """
+    weights = [] if args.weights is None else [f"train.init_checkpoint='{args.weights}'"]
+    config = load_config(args.config_file, [*args.opts, *weights])
+    check_arguments(config)
+    check_device(config, 1)
+    check_init_checkpoint(config)
+    return config

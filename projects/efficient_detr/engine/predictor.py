@@ -82,22 +82,8 @@ class Predictor:
         return instances[instances.scores.argsort(descending=True, stable=True)]
 
     def read(self, path: str) -> np.ndarray:
-        """Read a picture, upright.
-
-        Args:
-            path: file to read.
-
-        Returns:
-            uint8 (H, W, 3), RGB.
-
-        Raises:
-            UserError: if the file is missing or not a picture.
-        """
-        try:
-            return np.ascontiguousarray(read_image(path, format="RGB"))
-        # Pillow raises OSError, SyntaxError or ValueError, depending on where a file is broken.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read as a picture and is left out.") from error
+        """Read a picture, upright; see :func:`read_picture`."""
+        return read_picture(path)
 
     def draw(self, image: np.ndarray, instances: Instances) -> VisImage:
         """Draw boxes, class names and scores on a copy of a picture.
@@ -114,6 +100,25 @@ class Predictor:
             visualizer = Visualizer(image, self.metadata)
             drawing: VisImage = visualizer.draw_instance_predictions(instances)
         return drawing
+
+
+def read_picture(path: str) -> np.ndarray:
+    """Read a picture, upright.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+
+    Raises:
+        UserError: if the file is missing or not a picture.
+    """
+    try:
+        return np.ascontiguousarray(read_image(path, format="RGB"))
+    # Pillow raises OSError, SyntaxError or ValueError, depending on where a file is broken.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture and is left out.") from error
 
 
 def picture_files(inputs: Sequence[str]) -> list[str]:
