@@ -63,6 +63,8 @@ model = focus_detr(
     num_denoising_queries=12,
     num_detections=20,
 )
+# Backbones name their maps differently.
+model.detector.neck.in_features = "${..backbone.out_features}"
 model.losses[0].class_weight = 2.0
 
 dataloader.train.dataset.names = "quickstart_digits_train"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import ResNet
 from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from torch import nn
@@ -26,6 +26,7 @@ from efficient_detr.modeling.heads import PredictionHead
 from efficient_detr.modeling.queries import ContrastiveDenoising
 from efficient_detr.modeling.selection import LogitProductScore, ProbabilityProductScore
 from efficient_detr.postprocessing import SoftmaxBestClass
+from tests.building import without_storage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.name for path in CONFIGS.glob("*.py"))
@@ -44,8 +45,7 @@ def load(name: str, *overrides: str) -> Any:
 
 def build(config: Any) -> EfficientDETR:
     """The model without storage for its weights."""
-    with torch.device("meta"):
-        model: EfficientDETR = instantiate(config.model)
+    model: EfficientDETR = without_storage(config.model)
     return model
 
 
@@ -176,11 +176,18 @@ def test_five_scales() -> None:
 
 
 def backbone_of(config: Any) -> Any:
-    with torch.device("meta"):
-        return instantiate(config.model.detector.backbone)
+    return without_storage(config.model.detector.backbone)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("quickstart")])
+RESNETS = [
+    name
+    for name in NAMES
+    if not name.startswith("quickstart")
+    and loaded(name).model.detector.backbone["_target_"] is ResNet
+]
+
+
+@pytest.mark.parametrize("name", RESNETS)
 def test_a_deeper_backbone_is_one_override(name: str) -> None:
     """ResNet-101 has 23 blocks in its fourth stage, dilated or not."""
     deeper = load(name, "model.detector.backbone.stages.depth=101")

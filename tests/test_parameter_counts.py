@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from detectron2.config import LazyConfig, instantiate
 from torch import nn
+
+from tests.building import without_storage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = CONFIGS / "common" / "models"
@@ -95,8 +96,8 @@ OFFICIAL: dict[str, tuple[str, str, dict[str, Any], tuple[str, tuple[Any, ...]] 
 
 def built(config: Any) -> nn.Module:
     """The model without storage for its weights."""
-    with torch.device("meta"):
-        return instantiate(config)
+    model: nn.Module = without_storage(config)
+    return model
 
 
 def count(model: nn.Module, *, trained: bool = False) -> int:

@@ -61,3 +61,10 @@ lr_multiplier_500ep = step_schedule(epochs=500, decay_epochs=[400])
 lr_multiplier_3x = warmup_schedule(
     epochs=36, decay_iterations=[210_000, 250_000], warmup_iterations=1000
 )
+
+# Detectors with DAT: 500 iterations of warm-up, decays after 8 and 11 of 12 epochs.
+lr_multiplier_12ep_warmup = warmup_schedule(
+    epochs=12,
+    decay_iterations=[8 * ITERATIONS_PER_EPOCH, 11 * ITERATIONS_PER_EPOCH],
+    warmup_iterations=500,
+)
