@@ -136,7 +136,7 @@ def dat(
     drop_path_rate: float = 0.0,
     **options: Any,
 ) -> DictConfig:
-    """LazyConfig of a DAT as of 2022: patches, plain networks, offsets bounded by two cells.
+    """LazyConfig of a DAT as of 2022: patches, plain networks, offsets bounded by one key.
 
     Args:
         stages: table of four stages.
@@ -150,22 +150,8 @@ def dat(
     """
 
     def block(stage: StageSpecification, letter: str, map_size: int, drop_path: float) -> Any:
-        keys = L(DeformedKeys)(
-            channels=stage.channels,
-            num_groups=stage.num_groups,
-            kernel_size=stage.offset_kernel,
-            stride=stage.key_stride,
-            grid=L(HalfPixelGrid)(),
-            limit=L(BoundedOffsets)(range_factor=2.0),
-        )
-        return L(DATBlock)(
-            attention=_attention(stage, letter, window, map_size, keys),
-            feedforward=L(MapFeedForward)(
-                channels=stage.channels, hidden_channels=EXPANSION * stage.channels
-            ),
-            channels=stage.channels,
-            drop_path=drop_path,
-        )
+        keys = _keys(stage, L(HalfPixelGrid)(), L(BoundedOffsets)(range_factor=2.0))
+        return _block(stage, _attention(stage, letter, window, map_size, keys), drop_path)
 
     stem = L(PatchStem)(channels=stages[0].channels)
     return _dat(stages, image_size, drop_path_rate, stem, PatchMerging, block, options)
@@ -185,25 +171,13 @@ def dat_plus_plus(
     """
 
     def block(stage: StageSpecification, letter: str, map_size: int, drop_path: float) -> Any:
-        hidden = EXPANSION * stage.channels
-        keys = L(DeformedKeys)(
-            channels=stage.channels,
-            num_groups=stage.num_groups,
-            kernel_size=stage.offset_kernel,
-            stride=stage.key_stride,
-            grid=L(ExtendedGrid)(),
-            limit=L(ClampedPoints)(),
-        )
-        return L(DATBlock)(
-            attention=_attention(stage, letter, window, map_size, keys),
-            feedforward=L(MapFeedForward)(
-                channels=stage.channels,
-                hidden_channels=hidden,
-                mixing=L(ResidualDepthwiseConvolution)(channels=hidden),
-            ),
-            channels=stage.channels,
+        keys = _keys(stage, L(ExtendedGrid)(), L(ClampedPoints)())
+        return _block(
+            stage,
+            _attention(stage, letter, window, map_size, keys),
+            drop_path,
+            mixing=L(ResidualDepthwiseConvolution)(channels=EXPANSION * stage.channels),
             local_perception=L(ResidualDepthwiseConvolution)(channels=stage.channels),
-            drop_path=drop_path,
         )
 
     stem = L(ConvolutionalStem)(channels=stages[0].channels)
@@ -241,6 +215,36 @@ def _dat(
             for stage, stride, reduction in zip(stages, STRIDES, reductions, strict=True)
         ],
         **options,
+    )
+
+
+def _block(
+    stage: StageSpecification,
+    attention: Any,
+    drop_path: float,
+    mixing: Any = None,
+    local_perception: Any = None,
+) -> Any:
+    """A block; the last two are what DAT++ adds."""
+    return L(DATBlock)(
+        attention=attention,
+        feedforward=L(MapFeedForward)(
+            channels=stage.channels, hidden_channels=EXPANSION * stage.channels, mixing=mixing
+        ),
+        channels=stage.channels,
+        local_perception=local_perception,
+        drop_path=drop_path,
+    )
+
+
+def _keys(stage: StageSpecification, grid: Any, limit: Any) -> Any:
+    return L(DeformedKeys)(
+        channels=stage.channels,
+        num_groups=stage.num_groups,
+        kernel_size=stage.offset_kernel,
+        stride=stage.key_stride,
+        grid=grid,
+        limit=limit,
     )
 
 
