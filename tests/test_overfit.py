@@ -13,14 +13,17 @@ from typing import Any
 import cv2
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.modeling import SwinTransformer
 from sklearn.datasets import load_sample_images
 
 from efficient_detr.data.datasets import detection_dataset
 from efficient_detr.data.mapper import DetrDatasetMapper
 from efficient_detr.meta_arch import EfficientDETR
+from efficient_detr.modeling.backbones.dat_variants import StageSpecification, dat, dat_plus_plus
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = CONFIGS / "common" / "models"
@@ -127,11 +130,50 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def tiny_config(family: str) -> Any:
+HEADS = [2, 4, 8, 16]
+# Short side 96: a batch is padded to 96 x 160 pixels, maps of 24 x 40 to 3 x 5 cells.
+TRANSFORMERS: dict[str, Any] = {
+    "dat": dat(
+        [
+            StageSpecification(letters, channels, heads, num_groups=2)
+            for letters, channels, heads in zip(["L", "LS", "LD", "D"], WIDTHS, HEADS, strict=True)
+        ],
+        image_size=96,
+        window=3,
+    ),
+    "dat_plus_plus": dat_plus_plus(
+        [
+            StageSpecification(letters, channels, heads, num_groups=2, key_stride=stride)
+            for letters, channels, heads, stride in zip(
+                ["N", "ND", "ND", "D"], WIDTHS, HEADS, [4, 4, 2, 1], strict=True
+            )
+        ],
+        image_size=96,
+        window=3,
+    ),
+    "swin": L(SwinTransformer)(
+        embed_dim=WIDTHS[0],
+        depths=[2, 2, 2, 2],
+        num_heads=HEADS,
+        window_size=3,
+        drop_path_rate=0.0,
+        out_indices=[1, 2, 3],
+    ),
+}
+# Which family learns with it; maps are those of stages 1 to 3.
+FAMILY_OF_TRANSFORMER = {
+    "dat": "focus_detr",
+    "dat_plus_plus": "deformable_detr_two_stage",
+    "swin": "dino",
+}
+
+
+def tiny_config(family: str, **backbone: Any) -> Any:
     file, function, arguments = FAMILIES[family]
     narrow_resnet = LazyConfig.load(str(CONFIGS / "quickstart.py"), "narrow_resnet")
     path = str(MODELS / f"{file}.py")
-    model = LazyConfig.load(path, function)(backbone=narrow_resnet(16, WIDTHS), **arguments)
+    arguments = {"backbone": narrow_resnet(16, WIDTHS), **arguments, **backbone}
+    model = LazyConfig.load(path, function)(**arguments)
     return LazyConfig.load(path, "distilled")(model) if family.endswith("_mtkd") else model
 
 
@@ -164,8 +206,19 @@ def average_precision(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_photographs(family: str, dataset: tuple[str, list[dict[str, Any]]]) -> None:
-    name, batch = dataset
-    model = instantiate(tiny_config(family))
+    check_learning(instantiate(tiny_config(family)), *dataset)
+
+
+@pytest.mark.parametrize("backbone", TRANSFORMERS)
+def test_transformers_as_backbones(
+    backbone: str, dataset: tuple[str, list[dict[str, Any]]]
+) -> None:
+    family = FAMILY_OF_TRANSFORMER[backbone]
+    features = dict(backbone=TRANSFORMERS[backbone], in_features=["p1", "p2", "p3"])
+    check_learning(instantiate(tiny_config(family, **features)), *dataset)
+
+
+def check_learning(model: EfficientDETR, name: str, batch: list[dict[str, Any]]) -> None:
     history = overfit(model, batch)
     precision = average_precision(model, batch, name)
     assert history[-1] < 0.3 * history[0]
