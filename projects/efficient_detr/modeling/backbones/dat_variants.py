@@ -196,6 +196,8 @@ def _dat(
     """Put blocks together; the drop path rate rises evenly over all of them."""
     if len(stages) != len(FEATURES):
         raise ConfigError(f"stages of DAT must be four rows, but are {len(stages)}.")
+    if not all(stage.attention for stage in stages):
+        raise ConfigError("A stage of DAT has attention='': give a letter for each block.")
     depth = sum(len(stage.attention) for stage in stages)
     rates = iter(drop_path_rate * index / max(depth - 1, 1) for index in range(depth))
     reductions = [stem] + [
@@ -323,18 +325,38 @@ VARIANTS: dict[str, Variant] = {
 """The published models by name."""
 
 
+def add_dat_config(cfg: Any) -> None:
+    """Add `MODEL.DAT` to a config of Detectron2's older kind (yacs).
+
+    Args:
+        cfg: what Detectron2's `get_cfg()` returns. MODEL.DAT gets VARIANT (a name of `VARIANTS`),
+            OUT_FEATURES (among "p0" to "p3") and DROP_PATH_RATE (None for the variant's own).
+    """
+    defaults = {
+        "VARIANT": "dat_tiny",
+        "OUT_FEATURES": list(FEATURES[1:]),
+        "DROP_PATH_RATE": None,
+    }
+    cfg.MODEL.DAT = type(cfg.MODEL)(defaults)
+
+
 @BACKBONE_REGISTRY.register()
 def build_dat_backbone(cfg: Any, input_shape: ShapeSpec) -> DAT:
     """Build DAT for configs of Detectron2's older kind (yacs), as `MODEL.BACKBONE.NAME`.
 
     Args:
-        cfg: has MODEL.DAT with VARIANT, OUT_FEATURES and DROP_PATH_RATE, and
-            MODEL.BACKBONE.FREEZE_AT.
+        cfg: a config with what `add_dat_config` adds, and MODEL.BACKBONE.FREEZE_AT.
         input_shape: of the images; its channels must be 3.
 
     Raises:
-        ConfigError: if there is no such variant, or images have another number of channels.
+        ConfigError: if MODEL.DAT is missing, there is no such variant, or images have another
+            number of channels.
     """
+    if not hasattr(cfg.MODEL, "DAT"):
+        raise ConfigError(
+            "The config has no MODEL.DAT: call add_dat_config(cfg) of "
+            "efficient_detr.modeling.backbones before the config file is merged."
+        )
     if input_shape.channels != 3:
         raise ConfigError(f"DAT takes images of 3 channels, but they have {input_shape.channels}.")
     node = dat_backbone(

@@ -36,10 +36,10 @@ class KeyTokens(NamedTuple):
 
     Attributes:
         features: (B, M, C) values of the input map at the keys, not projected.
-        points: (B, G, M, 2) float32 normalised (x, y) of the keys of each group of channels, or
-            None if the keys have no places.
-        query_points: (H*W, 2) float32 normalised (x, y) of the map's cells, row by row, in the grid
-            of `points`; None with them.
+        points: (B, G, M, 2) normalised (x, y) of the keys of each group of channels, float32 at
+            least, or None if the keys have no places.
+        query_points: (H*W, 2) normalised (x, y) of the map's cells, row by row, in the grid and the
+            dtype of `points`; None with them.
         map_shape: (Hk, Wk) with Hk * Wk = M, the keys' order row by row.
     """
 
@@ -53,11 +53,15 @@ class SamplingGrid(ABC):
     """Where undeformed keys and the queries lie along one axis."""
 
     @abstractmethod
-    def key_positions(self, length: int, device: torch.device) -> Tensor:
+    def key_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """(length,) positions of so many keys; infinite where the formula divides by zero."""
 
     @abstractmethod
-    def query_positions(self, length: int, device: torch.device) -> Tensor:
+    def query_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """(length,) positions of so many cells, always finite."""
 
     @abstractmethod
@@ -72,13 +76,17 @@ class HalfPixelGrid(SamplingGrid):
     the outermost cells, undeformed keys lie slightly nearer to the middle than their cells.
     """
 
-    def key_positions(self, length: int, device: torch.device) -> Tensor:
+    def key_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Centres of `length` equal parts."""
-        return (torch.arange(length, device=device) + 0.5) * (2 / length) - 1
+        return (torch.arange(length, dtype=dtype, device=device) + 0.5) * (2 / length) - 1
 
-    def query_positions(self, length: int, device: torch.device) -> Tensor:
+    def query_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Centres of `length` equal parts."""
-        return self.key_positions(length, device)
+        return self.key_positions(length, device, dtype)
 
     def intervals(self, length: int) -> int:
         """One interval a key."""
@@ -94,16 +102,20 @@ class ExtendedGrid(SamplingGrid):
     keys under another limit, whose range then is not divided.
     """
 
-    def key_positions(self, length: int, device: torch.device) -> Tensor:
+    def key_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Extends beyond 1; infinite for one key."""
-        centres = torch.arange(length, device=device) + 0.5
+        centres = torch.arange(length, dtype=dtype, device=device) + 0.5
         if length == 1:
             return torch.full_like(centres, torch.inf)
         return centres * (2 / (length - 1)) - 1
 
-    def query_positions(self, length: int, device: torch.device) -> Tensor:
+    def query_positions(
+        self, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The cells' own centres; 1 for one cell."""
-        cells = torch.arange(length, dtype=torch.float32, device=device)
+        cells = torch.arange(length, dtype=dtype, device=device)
         if length == 1:
             return torch.full_like(cells, SINGLE_POSITION)
         return cells * (2 / (length - 1)) - 1
@@ -354,25 +366,26 @@ class DeformedKeys(MapKeys):
         rows, columns = (int(side) for side in features.shape[1:3])
         points = self.limit(
             offsets.flatten(2, 3),
-            _mesh(self.grid.key_positions, height, width, offsets.device),
+            _mesh(self.grid.key_positions, height, width, offsets),
             offsets.new_tensor([self.grid.intervals(width), self.grid.intervals(height)]),
         )
         return KeyTokens(
             features=sample_map(features, points),
             points=points,
-            query_points=_mesh(self.grid.query_positions, rows, columns, offsets.device),
+            query_points=_mesh(self.grid.query_positions, rows, columns, offsets),
             map_shape=(height, width),
         )
 
 
 def _mesh(
-    positions: Callable[[int, torch.device], Tensor],
+    positions: Callable[[int, torch.device, torch.dtype], Tensor],
     height: int,
     width: int,
-    device: torch.device,
+    like: Tensor,
 ) -> Tensor:
-    """(height * width, 2) points (x, y), row by row."""
-    y, x = torch.meshgrid(positions(height, device), positions(width, device), indexing="ij")
+    """(height * width, 2) points (x, y), row by row, of the dtype and on the device of `like`."""
+    y, x = (positions(length, like.device, like.dtype) for length in (height, width))
+    y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack((x, y), dim=-1).flatten(0, 1)
 
 
