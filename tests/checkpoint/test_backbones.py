@@ -162,7 +162,10 @@ def test_detection_weights_fill_the_backbone(name: str, path: str) -> None:
     result = converted(detection_state(name), model)
     assert_filled(result, model)
     assert result.report.target == path
-    assert set(result.report.dropped.values()) == {"other parts of a detector"}
+    assert result.report.parts == ["neck", "bbox_head", "roi_head"]
+    assert set(result.report.dropped.values()) == {
+        f"of {part}, outside the backbone" for part in result.report.parts
+    }
 
 
 def test_norms_of_unused_outputs_are_left_out() -> None:
@@ -461,19 +464,88 @@ def test_other_files_are_left_alone(state: State) -> None:
     assert convert_backbone(state, swin()) is None
 
 
-def test_our_own_files_are_left_alone() -> None:
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("kind", ["swin", "dat"])
+def test_our_own_files_are_left_alone(kind: str, prefix: str) -> None:
     """A classifier of ours with Swin has the keys of some published detectors with Swin."""
-    model = classifier(swin())
-    state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    model = classifier(swin() if kind == "swin" else published_model("dat_tiny"))
+    state = {f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}
     assert convert_backbone(state, model) is None
+
+
+def test_our_own_backbone_in_a_classifier_leaves_the_head() -> None:
+    model = classifier(published_model("dat_tiny"))
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    result = converted(state, model)
+    assert_filled(result, model, but=["head.weight", "head.bias"])
+    assert result.report.random_head
+
+
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_plus_plus_tiny", "swin"])
+@pytest.mark.parametrize("path", ["detector.backbone", "backbone.bottom_up", ""])
+def test_our_own_classifier_fills_the_backbone_of_a_detector(name: str, path: str) -> None:
+    saved = swin(out_indices=(3,)) if name == "swin" else published_model(name, "p3")
+    model = below(path, swin() if name == "swin" else published_model(name))
+    result = converted(classifier(saved).state_dict(), model)
+    # The detector uses the outputs p1 and p2 as well.
+    norm = "norm{}.{}" if name == "swin" else "output_norms.p{}.{}"
+    fresh = [norm.format(stage, kind) for stage in (1, 2) for kind in ("weight", "bias")]
+    assert_filled(result, model, but=[f"{path}.{name}".lstrip(".") for name in fresh])
+    assert result.report.parts == ["head"]
+    assert not result.report.random_head
+
+
+def test_our_own_detector_fills_the_backbone_of_a_classifier() -> None:
+    saved = below("detector.backbone", published_model("dat_tiny", *FEATURES))
+    other = {"detector.encoder.layers.0.weight": torch.empty(1, device="meta")}
+    model = classifier(published_model("dat_tiny", "p3"))
+    result = converted(saved.state_dict() | other, model)
+    assert_filled(result, model, but=["head.weight", "head.bias"])
+    assert result.report.parts == ["encoder"]
+
+
+def test_our_own_tables_are_resized_for_another_model() -> None:
+    saved = classifier(instantiate(tiny_config()), num_classes=3)
+    model = below("detector.backbone", instantiate(tiny_config(image_size=128, window=4)))
+    result = converted(saved.state_dict(), model)
+    assert_filled(result, model)
+    assert len(result.report.resized) == 7
+
+
+def test_backbone_of_a_whole_detector_of_others() -> None:
+    """Its other parts, whatever their names, are left out under their names."""
+    parts = ("transformer", "ema_backbone_norms", "mask_iou_head.fcs", "dn_query", "label_enc")
+    for name, state, backbone in (
+        ("swin", published_state("swin_tiny"), swin()),
+        ("dat", published_state("dat_tiny"), published_model("dat_tiny")),
+    ):
+        state = {f"backbone.{key}": value for key, value in state.items()}
+        state |= {f"{part}.weight": torch.empty(1, device="meta") for part in parts}
+        report = converted(state, below("detector.backbone", backbone)).report
+        assert report.parts == [part.partition(".")[0] for part in parts], name
+        assert report.dropped["dn_query.weight"] == "of dn_query, outside the backbone"
+        assert "1 of mask_iou_head, outside the backbone" in report.table()
+
+
+def test_whole_detectors_of_the_same_kind_are_left_alone() -> None:
+    model = nn.ModuleDict({"backbone": swin(), "neck": nn.Linear(2, 2, device="meta")})
     assert convert_backbone(model.state_dict(), model) is None
+    # Not so where only the names of other parts coincide.
+    state = {f"backbone.{k}": v for k, v in published_state("dat_tiny").items()}
+    state["neck.weight"] = torch.empty(2, 2, device="meta")
+    other = nn.ModuleDict(
+        {"bottom_up": published_model("dat_tiny"), "neck": nn.Linear(2, 2, device="meta")}
+    )
+    assert all(name.startswith("bottom_up.") for name in converted(state, other).state)
 
 
-def test_whole_detectors_of_others_are_left_alone() -> None:
-    """Their backbone is not taken out of a file that holds more."""
-    state = {f"backbone.{key}": value for key, value in published_state("swin_tiny").items()}
-    state["transformer.level_embeds"] = torch.empty(4, 256, device="meta")
-    assert convert_backbone(state, below("detector.backbone", swin())) is None
+@pytest.mark.parametrize("name", ["dat_tiny", "swin_tiny"])
+@pytest.mark.parametrize("prefix", ["module.", "module.backbone."])
+def test_prefix_of_parallel_training(name: str, prefix: str) -> None:
+    backbone = swin(out_indices=(3,)) if name == "swin_tiny" else published_model(name, "p3")
+    model = classifier(backbone)
+    state = {f"{prefix}{key}": tensor for key, tensor in published_state(name).items()}
+    assert_filled(converted(state, model), model)
 
 
 def refusal(state: State, model: nn.Module) -> str:
@@ -496,6 +568,24 @@ def test_wrong_variants_are_named() -> None:
     assert "no weights for stages.2.blocks.6." in text
     text = refusal(published_state("swin_tiny"), swin(embed_dim=128, num_heads=(4, 8, 16, 32)))
     assert "Swin-T" in text and re.search(r" \(96,\), but \S+ has \(128,\)", text)
+
+
+@pytest.mark.parametrize(
+    ("published", "model", "width"),
+    [("dat_base", "dat_tiny", 1024), ("dat_plus_plus_tiny", "dat_base", 512)],
+)
+def test_head_of_another_width_is_not_blamed_on_the_classes(
+    published: str, model: str, width: int
+) -> None:
+    state = published_state(published)
+    head = {key: state[key] for key in state if key.startswith("cls_head.")}
+    assert head["cls_head.weight"].shape == (1000, width)
+    for weights in (state, head | state):
+        text = refusal(weights, classifier(published_model(model)))
+        assert "num_classes" not in text and "choose the variant" in text
+    few = {"cls_head.weight": torch.empty(21, 768), "cls_head.bias": torch.empty(21)}
+    text = refusal(published_state("dat_tiny") | few, classifier(published_model("dat_tiny")))
+    assert "set model.num_classes=21" in text
 
 
 def test_models_without_such_a_backbone() -> None:

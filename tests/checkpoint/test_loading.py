@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling import SwinTransformer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -45,13 +45,13 @@ def new_detector() -> Detector:
     return Detector(instantiate(tiny_config()))
 
 
-def tiny_swin(**options: Any) -> SwinTransformer:
+def tiny_swin(window: int = 2, **options: Any) -> SwinTransformer:
     """One block at 8 channels, two at 16, one at 32 and one at 64."""
     return SwinTransformer(
         embed_dim=8,
         depths=(1, 2, 1, 1),
         num_heads=(1, 1, 1, 1),
-        window_size=2,
+        window_size=window,
         drop_path_rate=0.0,
         **options,
     )
@@ -159,6 +159,127 @@ def test_table_is_no_warning_where_all_is_loaded(
     assert [r.levelno for r in caplog.records if "DAT weights" in r.message] == [logging.INFO] * 2
     assert torch.equal(model.head.weight, weights["cls_head.weight"])
     assert torch.equal(model.state_dict()[f"backbone.{NORMS[1]}"], weights["cls_norm.norm.bias"])
+
+
+def messages(caplog: pytest.LogCaptureFixture, text: str) -> list[tuple[int, str]]:
+    return [(r.levelno, r.message) for r in caplog.records if text in r.message]
+
+
+@pytest.mark.parametrize("kind", ["dat", "dat detector", "swin", "swin detector"])
+def test_a_random_head_is_a_warning(
+    tmp_path: Path, weights: State, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    if kind.startswith("dat"):
+        model = classifier(instantiate(tiny_config()), num_classes=10)
+        state = {k: v for k, v in weights.items() if not k.startswith("cls_")}
+    else:
+        model = classifier(tiny_swin(out_indices=(3,)), num_classes=10)
+        state = dict(tiny_swin(out_indices=()).state_dict())
+    if kind.endswith("detector"):
+        norm = "norms.3.norm" if kind.startswith("dat") else "norm3"
+        state |= {f"{norm}.weight": torch.ones(64), f"{norm}.bias": torch.zeros(64)}
+        state = {f"backbone.{k}": v for k, v in state.items()}
+        state["neck.weight"] = torch.zeros(1)
+    torch.save({"state_dict": state}, tmp_path / "headless.pth")
+    with caplog.at_level(logging.INFO, logger="efficient_detr"):
+        AtomicCheckpointer(model).load(str(tmp_path / "headless.pth"))
+    ((level, text),) = messages(caplog, "weights of")
+    assert level == logging.WARNING
+    assert "the head is random and the predictions are meaningless" in text
+    assert ("only the backbone is taken from the file, not neck" in text) == kind.endswith("tor")
+
+
+def test_a_detector_of_others_under_a_training(
+    tmp_path: Path, weights: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {f"backbone.{k}": v for k, v in weights.items()}
+    state |= {"dn_query.weight": torch.zeros(1), "transformer.level_embeds": torch.zeros(1)}
+    torch.save(state, tmp_path / "detector.pth")
+    model = new_detector()
+    with caplog.at_level(logging.INFO, logger="efficient_detr"):
+        trained = AtomicCheckpointer(model, trainer=nn.Linear(1, 1))
+        trained.load(str(tmp_path / "detector.pth"), checkpointables=[])
+    is_loaded(model, weights)
+    ((level, text),) = messages(caplog, "DAT weights")
+    assert level == logging.WARNING
+    assert "only the backbone is taken from the file, not dn_query, transformer" in text
+    assert "predictions are meaningless" not in text
+
+
+@pytest.mark.parametrize("kind", ["dat", "swin"])
+def test_our_own_classifier_under_a_detector(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    def backbone() -> nn.Module:
+        if kind == "dat":
+            return instantiate(tiny_config())
+        return tiny_swin(out_indices=(3,))
+
+    saved, model = classifier(backbone(), num_classes=10), Detector(backbone())
+    head = model.head.weight.clone()
+    AtomicCheckpointer(saved, str(tmp_path)).save("ours")
+    with caplog.at_level(logging.INFO, logger="efficient_detr"):
+        trained = AtomicCheckpointer(model, trainer=nn.Linear(1, 1))
+        trained.load(str(tmp_path / "ours.pth"), checkpointables=[])
+    loaded: Any = model.detector.backbone
+    for name, value in saved.backbone.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(model.head.weight, head)
+    assert [level for level, _ in messages(caplog, "weights of")] == [logging.INFO]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "detector", "parallel", "published detector"])
+def test_same_names_with_windows_of_another_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Windows of 2 have tables of 3 x 3 numbers, windows of 3 tables of 5 x 5."""
+    saved, wider = tiny_swin(out_indices=(3,)), tiny_swin(out_indices=(3,), window=3)
+    name = "layers.3.blocks.0.attn.relative_position_bias_table"
+    nn.init.constant_(saved.get_parameter(name), 2.5)
+    old: nn.Module = Detector(saved) if kind == "detector" else classifier(saved, 10)
+    model: nn.Module = Detector(wider) if kind == "detector" else classifier(wider, 10)
+    state = dict(old.state_dict())
+    if kind == "parallel":
+        state = {f"module.{key}": tensor for key, tensor in state.items()}
+    if kind == "published detector":
+        state = {f"backbone.{key}": tensor for key, tensor in saved.state_dict().items()}
+        state["rpn_head.weight"] = torch.zeros(1)
+    torch.save({"model": state}, tmp_path / "windows.pth")
+    with caplog.at_level(logging.INFO):
+        AtomicCheckpointer(model).load(str(tmp_path / "windows.pth"))
+    torch.testing.assert_close(wider.get_parameter(name), torch.full((25, 1), 2.5))
+    # One block has one table; all others are as in the file.
+    assert torch.equal(wider.get_parameter("norm3.weight"), saved.get_parameter("norm3.weight"))
+    index = wider.get_buffer("layers.3.blocks.0.attn.relative_position_index")
+    assert index.numel() == 9 * 9 and index.max() == 24
+    assert "shapes differ" not in caplog.text
+    if kind != "published detector":
+        assert messages(caplog, "5 tables of relative positions")
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
+def test_safetensors(tmp_path: Path, weights: State, query: str) -> None:
+    path = tmp_path / "published.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path)
+    model = new_detector()
+    AtomicCheckpointer(model).load(f"{path}{query}")
+    is_loaded(model, weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02}.", b"\xff" * 64])
+def test_damaged_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.safetensors cannot be loaded") as error:
+        AtomicCheckpointer(new_detector()).load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_safetensors_without_weights(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(UserError, match="holds no weights"):
+        AtomicCheckpointer(new_detector()).load(str(tmp_path / "empty.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["detector", "classifier"])

@@ -1,17 +1,22 @@
-"""Published checkpoints of DAT, DAT++ and Swin into the backbone of whichever model has one."""
+"""Checkpoints with a DAT, DAT++ or Swin backbone into the backbone of whichever model has one."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from detectron2.modeling import SwinTransformer
 from torch import Tensor, nn
 
 from efficient_detr.checkpoint.conversion import KeyRule, rename_keys
-from efficient_detr.checkpoint.dat import dat_backbone, dat_output_norms
+from efficient_detr.checkpoint.dat import (
+    dat_backbone,
+    dat_output_norms,
+    own_dat_backbone,
+    own_dat_output_norms,
+)
 from efficient_detr.checkpoint.report import LoadReport
 from efficient_detr.checkpoint.shapes import is_pointwise, resized_position_table, without_kernel
 from efficient_detr.checkpoint.swin import swin_backbone, swin_output_norms
@@ -23,14 +28,24 @@ from efficient_detr.modeling.classifier import ImageClassifier
 Sizes = tuple[int, ...]
 """A number for each stage."""
 
-_PREFIX = "backbone."
-_DETECTOR_PARTS = r"(neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head)\."
+_ANY_PREFIX = r"((?:[^.]+\.)*?)"
+_PARALLEL_PREFIX = "module."
+_TABLE = "relative_position_bias_table"
+_TABLE_INDEX = "relative_position_index"
 _FIXED_TABLE = ".position_bias_table"
+
+_DAT_VARIANTS: Mapping[str, tuple[Sizes, Sizes]] = {
+    name: (
+        tuple(len(stage.attention) for stage in variant.stages),
+        tuple(stage.channels for stage in variant.stages),
+    )
+    for name, variant in VARIANTS.items()
+}
 
 
 @dataclass(frozen=True)
 class BackboneLayout:
-    """A published layout.
+    """How a backbone is named in a file.
 
     Attributes:
         name: for messages.
@@ -38,8 +53,8 @@ class BackboneLayout:
         marks: patterns of keys by which the layout is recognised, each of which must be there.
         backbone: table for the keys of the backbone, made from all of them.
         output_norms: table for the norms of outputs, which only checkpoints of detectors have.
-        head: pattern of the classification head.
-        head_norm: the norm before it, (pattern, our name relative to the backbone).
+        head: pattern of the classification head, None where it is not among the backbone's keys.
+        head_norm: the norm before it, (pattern, our name relative to the backbone), None as above.
         width: pattern of one weight (C,) of each stage, whose group is the stage.
         depth: pattern of keys of blocks, whose groups are stage and block.
         variants: name of a published model -> blocks and channels of its stages.
@@ -50,8 +65,8 @@ class BackboneLayout:
     marks: tuple[str, ...]
     backbone: Callable[[Iterable[str]], list[KeyRule]]
     output_norms: tuple[KeyRule, ...]
-    head: str
-    head_norm: tuple[str, str]
+    head: str | None
+    head_norm: tuple[str, str] | None
     width: str
     depth: str
     variants: Mapping[str, tuple[Sizes, Sizes]]
@@ -68,13 +83,23 @@ LAYOUTS = (
         head_norm=(r"cls_norm\.norm\.", "output_norms.p3."),
         width=r"stages\.(\d+)\.layer_norms\.0\.norm\.weight$",
         depth=r"stages\.(\d+)\.mlps\.(\d+)\.",
-        variants={
-            name: (
-                tuple(len(stage.attention) for stage in variant.stages),
-                tuple(stage.channels for stage in variant.stages),
-            )
-            for name, variant in VARIANTS.items()
-        },
+        variants=_DAT_VARIANTS,
+    ),
+    # Of our own classifiers and detectors. Swin needs no second entry: its names are the same.
+    BackboneLayout(
+        name="DAT",
+        module=DAT,
+        marks=(
+            r"stages\.0\.merging\.(first\.)?convolution\.weight$",
+            r"stages\.0\.blocks\.0\.attention_norm\.weight$",
+        ),
+        backbone=own_dat_backbone,
+        output_norms=own_dat_output_norms(),
+        head=None,
+        head_norm=None,
+        width=r"stages\.(\d+)\.blocks\.0\.attention_norm\.weight$",
+        depth=r"stages\.(\d+)\.blocks\.(\d+)\.",
+        variants=_DAT_VARIANTS,
     ),
     BackboneLayout(
         name="Swin",
@@ -94,12 +119,12 @@ LAYOUTS = (
         },
     ),
 )
-"""The layouts that are known."""
+"""The layouts that are known: as published, and ours."""
 
 
 @dataclass(frozen=True)
 class ConvertedState:
-    """A published checkpoint for a given model.
+    """The backbone of a checkpoint for a given model.
 
     Attributes:
         state: our name, from the root of the model -> tensor of the model's shape.
@@ -128,30 +153,36 @@ class _Site:
 def convert_backbone(
     state: Mapping[str, Tensor], model: nn.Module, source: str = "The checkpoint"
 ) -> ConvertedState | None:
-    """Convert a published checkpoint of a backbone for a model that contains such a backbone.
+    """Convert a checkpoint that has a known backbone for a model that contains such a backbone.
 
     The backbone may lie anywhere in the model: below a detector, below a feature pyramid, or be the
-    model itself. The head of a classification checkpoint goes into an `ImageClassifier` and nowhere
-    else.
+    model itself. It may lie anywhere in the file as well; other parts of the file, such as those of
+    another detector, are left out. The head of a classification checkpoint goes into an
+    `ImageClassifier` and nowhere else.
 
     Args:
-        state: keys as published, with or without the prefix `backbone.`.
+        state: keys as published or as in our models, with any prefix.
         model: what the weights are for.
         source: the file, for errors.
 
     Returns:
-        None if the keys are none of a published backbone.
+        None if there is no known backbone among the keys, or if the model has the backbone and
+        other parts of the file under the same names: then it is a file of such a model.
 
     Raises:
         UserError: if the model has no such backbone, or one of another size.
     """
+    state = without_parallel_prefix(state)
     recognized = _recognize(state)
     if recognized is None:
         return None
     layout, prefix = recognized
-    if prefix and not state.keys().isdisjoint(model.state_dict()):
-        return None  # of a model like this one, whose backbone has the same prefix
-    state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    inside = [key for key in state if key.startswith(prefix)]
+    outside = [key for key in state if not key.startswith(prefix)]
+    ours = model.state_dict().keys()
+    if not ours.isdisjoint(inside) and not ours.isdisjoint(outside):
+        return None
+    state = {key.removeprefix(prefix): state[key] for key in inside}
     source = f"{source} ({_description(layout, state)})"
     site = _find_site(layout, model, source)
     report = LoadReport(layout.name, site.backbone.rstrip("."))
@@ -160,26 +191,68 @@ def convert_backbone(
     except KeyError as error:
         raise UserError(f"{source} cannot be converted: {error.args[0]}") from error
     report.dropped.update(renamed.dropped)
+    report.leave_out_parts(outside, prefix)
     converted = {}
     for name, key in renamed.names.items():
         tensor = _fitted(state[key], name, key, site, report, source)
         if tensor is not None:
             converted[name] = tensor
-    report.initial = _unfilled(layout, site, converted, report, source)
+    report.initial = _unfilled(layout, site, converted, source)
+    report.random_head = site.head is not None and f"{site.head}weight" not in converted
     return ConvertedState(converted, report)
 
 
+def without_parallel_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The keys without the prefix that PyTorch's modules for parallel training give to all."""
+    if not state or not all(key.startswith(_PARALLEL_PREFIX) for key in state):
+        return state
+    return {key.removeprefix(_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+
+
+def resize_tables(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What fits a file to a model with the same names but windows of other sizes.
+
+    Args:
+        state: keys as in the model.
+        model: what the weights are for.
+
+    Returns:
+        Key -> tensor of the model's shape, for those whose shape was another one: interpolated
+        tables of relative positions, and the model's own indices into them.
+    """
+    ours = model.state_dict()
+    fitted = {}
+    for name, tensor in state.items():
+        if name not in ours or tensor.shape == ours[name].shape:
+            continue
+        if name.endswith(_TABLE_INDEX):
+            fitted[name] = ours[name]
+        elif name.endswith(_TABLE):
+            table = resized_position_table(tensor, tuple(ours[name].shape))
+            if table is not None:
+                fitted[name] = table
+    return fitted
+
+
 def _recognize(state: Iterable[str]) -> tuple[BackboneLayout, str] | None:
-    """The layout of a file and the prefix of its keys."""
+    """The layout of a file and the prefix of the backbone's keys, the shortest if several."""
     keys = list(state)
     for layout in LAYOUTS:
-        for prefix in ("", _PREFIX):
-            inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-            outside = [key for key in keys if not key.startswith(prefix)]
-            marked = all(any(re.match(mark, key) for key in inside) for mark in layout.marks)
-            if marked and all(re.match(_DETECTOR_PARTS, key) for key in outside):
-                return layout, prefix
+        prefixes = [_prefixes(mark, keys) for mark in layout.marks]
+        common = set.intersection(*prefixes)
+        if common:
+            return layout, min(common, key=_length_and_name)
     return None
+
+
+def _prefixes(mark: str, keys: Iterable[str]) -> set[str]:
+    """What stands before a mark, where the mark begins with a whole name."""
+    pattern = re.compile(_ANY_PREFIX + mark)
+    return {match[1] for match in map(pattern.match, keys) if match}
+
+
+def _length_and_name(prefix: str) -> tuple[int, str]:
+    return len(prefix), prefix
 
 
 def _description(layout: BackboneLayout, state: Mapping[str, Tensor]) -> str:
@@ -228,28 +301,29 @@ def _find_site(layout: BackboneLayout, model: nn.Module, source: str) -> _Site:
     return _Site(backbone, head, shapes)
 
 
-def _rules(layout: BackboneLayout, site: _Site, keys: Iterable[str]) -> list[KeyRule]:
+def _rules(layout: BackboneLayout, site: _Site, keys: Collection[str]) -> list[KeyRule]:
     """The table for one file and one model; ours are names from the root of the model."""
-    keys = list(keys)
-    head_norm, our_head_norm = layout.head_norm
-    if site.head is None:
-        head = [
-            KeyRule(pattern, None, "parts of a classification head")
-            for pattern in (layout.head, head_norm)
-        ]
-        norms = _output_norms(layout, site)
-    else:
-        head = [KeyRule(layout.head, site.head), KeyRule(head_norm, site.backbone + our_head_norm)]
-        if any(re.match(head_norm, key) for key in keys):
-            # Of a backbone that was trained further in a detector, while the head was not.
-            norms = [
-                KeyRule(rule.pattern, None, "norms of a detector's outputs")
-                for rule in layout.output_norms
+    norms = _output_norms(layout, site)
+    head = []
+    if layout.head is not None and layout.head_norm is not None:
+        head_norm, our_head_norm = layout.head_norm
+        if site.head is None:
+            head = [
+                KeyRule(pattern, None, "parts of a classification head")
+                for pattern in (layout.head, head_norm)
             ]
         else:
-            norms = _output_norms(layout, site)
+            head = [
+                KeyRule(layout.head, site.head),
+                KeyRule(head_norm, site.backbone + our_head_norm),
+            ]
+            if any(re.match(head_norm, key) for key in keys):
+                # Of a backbone that was trained further in a detector, while the head was not.
+                norms = [
+                    KeyRule(rule.pattern, None, "norms of a detector's outputs")
+                    for rule in layout.output_norms
+                ]
     return [
-        KeyRule(_DETECTOR_PARTS, None, "other parts of a detector"),
         *head,
         *norms,
         *(rule.below("", site.backbone) for rule in layout.backbone(keys)),
@@ -283,7 +357,7 @@ def _fitted(
     if is_pointwise(before, after):
         report.reshaped[name] = before, after
         return without_kernel(tensor)
-    if name.endswith("relative_position_bias_table"):
+    if name.endswith(_TABLE):
         resized = resized_position_table(tensor, after)
         if resized is not None:
             report.resized[name] = before, after
@@ -292,7 +366,9 @@ def _fitted(
         report.dropped[key] = "fixed position tables of another size"
         return None
     problem = f"{key} has the shape {before}, but {name} has {after}"
-    if site.head is not None and name.startswith(site.head):
+    in_head = site.head is not None and name.startswith(site.head)
+    # With another width the file is of another variant, whatever the number of classes.
+    if in_head and before[1:] == after[1:]:
         raise _misfit(source, problem, f"set model.num_classes={before[0]}")
     raise _misfit(source, problem)
 
@@ -310,11 +386,7 @@ def _pools_keys(name: str, site: _Site) -> bool:
 
 
 def _unfilled(
-    layout: BackboneLayout,
-    site: _Site,
-    state: Mapping[str, Tensor],
-    report: LoadReport,
-    source: str,
+    layout: BackboneLayout, site: _Site, state: Mapping[str, Tensor], source: str
 ) -> list[str]:
     """Names of parameters without weights.
 

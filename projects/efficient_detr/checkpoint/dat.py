@@ -84,6 +84,20 @@ def dat_output_norms() -> tuple[KeyRule, ...]:
     )
 
 
+def own_dat_backbone(keys: Iterable[str]) -> list[KeyRule]:
+    """The backbone of our own models, without the norms of its outputs.
+
+    Args:
+        keys: those of the file; the table is the same for all.
+    """
+    return [KeyRule(r"stages\.", "stages.")]
+
+
+def own_dat_output_norms() -> tuple[KeyRule, ...]:
+    """Norms of the outputs of our own models, one rule for each output."""
+    return tuple(KeyRule(rf"output_norms\.{name}\.", f"output_norms.{name}.") for name in FEATURES)
+
+
 def _stem(convolutional: bool) -> list[KeyRule]:
     names = {"0": "first.convolution", "1.norm": "first.norm"}
     names |= {"3": "second.convolution", "4.norm": "second.norm"}

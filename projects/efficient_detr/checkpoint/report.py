@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tabulate import tabulate
@@ -24,7 +24,10 @@ class LoadReport:
         reshaped: our name -> shape in the checkpoint and in the model, with the same values.
         resized: our name -> shape in the checkpoint and in the model, interpolated.
         dropped: name in the checkpoint -> why it has no place in the model.
-        initial: our names of parameters of the target that the checkpoint does not fill.
+        initial: our names of parameters of the target, and of the head of a classifier around it,
+            that the checkpoint does not fill.
+        random_head: whether the head of a classifier is among them.
+        parts: names of the parts of the checkpoint outside the backbone, which are left out.
     """
 
     layout: str
@@ -34,11 +37,28 @@ class LoadReport:
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     initial: list[str] = field(default_factory=list)
+    random_head: bool = False
+    parts: list[str] = field(default_factory=list)
 
     @property
     def filled(self) -> int:
         """Number of parameters that got values."""
         return len(self.matched) + len(self.reshaped) + len(self.resized)
+
+    def leave_out_parts(self, keys: Iterable[str], prefix: str) -> None:
+        """Note keys outside the backbone, by the part of the other model that has them.
+
+        Args:
+            keys: names in the checkpoint.
+            prefix: of the backbone's keys; parts are named as far as beside the backbone.
+        """
+        outer = prefix.removesuffix(".").rpartition(".")[0]
+        outer = outer and f"{outer}."
+        for key in keys:
+            part = key.removeprefix(outer).partition(".")[0]
+            self.dropped[key] = f"of {part}, outside the backbone"
+            if part not in self.parts:
+                self.parts.append(part)
 
     def table(self) -> str:
         """One row for each fate, with a count and its details."""

@@ -12,9 +12,15 @@ from typing import IO, Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tabulate import tabulate
 
-from efficient_detr.checkpoint.backbones import convert_backbone
+from efficient_detr.checkpoint.backbones import (
+    convert_backbone,
+    resize_tables,
+    without_parallel_prefix,
+)
 from efficient_detr.checkpoint.report import LoadReport
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
@@ -36,6 +42,7 @@ _READ_ERRORS = (
     TypeError,
     ImportError,
     OverflowError,
+    SafetensorError,
 )
 
 # Settings that authors pickled beside their weights: whatever has this name in a file becomes a
@@ -116,17 +123,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     A checkpoint is written beside its final name and renamed when it is complete, so a run that is
     killed while it saves leaves the previous checkpoint usable. No file can run code when it is
-    read: neither ``.pth`` nor ``.pkl``.
+    read: neither ``.pth`` nor ``.pkl`` nor ``.safetensors``.
 
-    Published checkpoints of backbones, those that `convert_backbone` knows, are loaded into the
-    backbone of the model, with a table of what became of their weights.
+    Checkpoints with a backbone that `convert_backbone` knows, and otherwise of another model, are
+    loaded into the backbone of the model, with a table of what became of their weights.
     """
 
     # True while `resume` loads, which takes only a file that fits the model completely.
     _resuming = False
     # True from the moment the weights are in the model; what follows are the checkpointables.
     _weights_loaded = False
-    # Set where the file was the published checkpoint of a backbone.
+    # Set where only the backbone of the file was loaded.
     _report: LoadReport | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -233,6 +240,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, filename: str) -> Any:
+        if filename.endswith(".safetensors"):
+            return {"model": load_file(filename)}
         with open(filename, "rb") as file:
             head = file.read(1)
         # Of a ZIP archive and of a pickle, the two formats of torch.save.
@@ -266,7 +275,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _convert(self, checkpoint: dict[str, Any]) -> None:
-        """Put the published checkpoint of a backbone in the model's own names, if it is one."""
+        """Put the backbone of another model's file in this model's names, and fit its tables."""
         self._convert_ndarray_to_tensor(checkpoint["model"])
         source = f"The checkpoint {self._filename}"
         converted = convert_backbone(checkpoint["model"], self.model, source)
@@ -275,6 +284,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
             checkpoint["model"] = converted.state
             # Names are exact now; matching them by their ends would misplace heads and norms.
             checkpoint.pop("matching_heuristics", None)
+            return
+        weights = dict(without_parallel_prefix(checkpoint["model"]))
+        resized = resize_tables(weights, self.model)
+        if resized:
+            checkpoint["model"] = weights | resized
+            logger.info(
+                "%d tables of relative positions of %s were interpolated to the model's windows.",
+                sum(name.endswith("_table") for name in resized),
+                self._filename,
+            )
 
     @staticmethod
     def _of_another_config(path: str) -> UserError:
@@ -302,20 +321,28 @@ class AtomicCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
     def _log_report(self, report: LoadReport, missing: list[str]) -> None:
-        """Say what became of the weights of a published backbone."""
+        """Say what became of the weights of a file whose backbone was loaded."""
         inside = f"{report.target}." if report.target else ""
         others = [
             name for name in missing if not name.startswith(inside) and name not in report.initial
         ]
+        remarks = []
+        # A head is no part of the backbone of a classifier, so nobody misses it in a detector.
+        parts = [part for part in report.parts if part != "head"]
+        if parts:
+            remarks.append(f"only the backbone is taken from the file, not {', '.join(parts)}")
+        if report.random_head:
+            remarks.append("the head is random and the predictions are meaningless")
         # To evaluate a detector with the weights of a backbone alone makes no sense.
-        level = logging.WARNING if others and not self.checkpointables else logging.INFO
+        incomplete = bool(others or report.initial) and not self.checkpointables
         logger.log(
-            level,
-            "%s weights of %s loaded into %s; %d other weights keep their initial values:\n%s",
+            logging.WARNING if incomplete or (parts and others) else logging.INFO,
+            "%s weights of %s loaded into %s; %d other weights keep their initial values%s:\n%s",
             report.layout,
             self._filename,
             report.target or "the model",
             len(others),
+            "".join(f"; {remark}" for remark in remarks),
             report.table(),
         )
 
