@@ -18,11 +18,14 @@ from efficient_detr.engine.checks import (
     check_device,
     check_init_checkpoint,
     check_num_classes,
+    check_parts,
     dataset_names,
     load_config,
 )
 from efficient_detr.engine.commands import (
     NO_PICTURE_STATUS,
+    PARTS_OF_PICTURES,
+    TRAIN_OPTIONS_OF_PICTURES,
     picture_parser,
     report_user_error,
     start_logging,
@@ -64,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _detect(args: argparse.Namespace) -> int:
     """Handle all pictures; return how many could be."""
     cfg = load_config(args.config_file, args.opts)
+    check_parts(cfg, PARTS_OF_PICTURES, TRAIN_OPTIONS_OF_PICTURES)
     check_device(cfg, 1)
     check_init_checkpoint(cfg)
     _check_classes(cfg)

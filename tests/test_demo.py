@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
 from PIL import Image
 
 import demo
 from efficient_detr.engine.checks import load_config
-from efficient_detr.engine.predictor import Predictor, output_paths, picture_files
+from efficient_detr.engine.predictor import Predictor, output_paths, picture_files, read_picture
 from efficient_detr.errors import UserError
 from tests.engine.tiny import TinyDetector, write_project
 
@@ -120,6 +123,33 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
         output_paths(["a.jpg"], f"{tmp_path}/taken/out")
 
 
+CLASSIFIER = """
+from detectron2.config import LazyCall as L
+from efficient_detr.modeling.classifier import ImageClassifier
+model = L(ImageClassifier)(backbone=1, feature="p3", channels=1, num_classes=1)
+train = dict(device="cpu", init_checkpoint="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (CLASSIFIER, "choose a detector, or classify pictures with tools/classify.py"),
+        ("train = dict(device='cpu', init_checkpoint='')", "The config lacks model"),
+        ("model = dict()\ntrain = dict(device='cpu')", "The config lacks train.init_checkpoint"),
+    ],
+)
+def test_configs_of_something_else(
+    tmp_path: Path, config: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The classifier could not be built: it is refused before."""
+    (tmp_path / "config.py").write_text(config)
+    command = ["--config-file", str(tmp_path / "config.py"), "--input", "a.jpg"]
+    assert demo.main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_known_classes_must_be_as_many_as_the_models(
     config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +233,53 @@ def test_equal_detections_give_equal_pictures(config_file: str) -> None:
     instances = predictor(image)
     first, second = (predictor.draw(image, instances).get_image() for _ in range(2))
     assert (first == second).all()
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_a_picture_of_one_pixel(config_file: str, tmp_path: Path) -> None:
+    predictor = Predictor(load_config(config_file, []))
+    predictor.augmentations = T.AugmentationList([])
+    predictor.model = OneBox()
+    image = np.zeros((1, 1, 3), dtype=np.uint8)
+    image.setflags(write=False)
+    assert len(predictor(image)) == 1
+
+
+class OneBox(torch.nn.Module):
+    """Finds the same in every picture."""
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        return [{"instances": Instances((1, 1), scores=torch.ones(1))}]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_grey_values_of_16_bits_are_scaled(tmp_path: Path, ending: str) -> None:
+    """257 steps of 16 bits are one of 8, so that white stays white."""
+    path = str(tmp_path / f"grey.{ending}")
+    values = np.array([[0, 257, 385], [386, 255 * 257, 128 * 257]], dtype=np.uint16)
+    Image.fromarray(values).save(path)
+    picture = read_picture(path)
+    assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(picture[..., 0], [[0, 1, 1], [2, 255, 128]])
+    np.testing.assert_array_equal(picture[..., 1:], picture[..., :1].repeat(2, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_32_bits_are_refused(tmp_path: Path, dtype: type) -> None:
+    path = str(tmp_path / "grey.tif")
+    Image.fromarray(np.full((2, 3), 1000, dtype=dtype)).save(path)
+    with pytest.raises(UserError, match=r"grey\.tif has 32 bits a value and is left out"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_other_pictures_are_read_as_training_does(tmp_path: Path, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    path = str(tmp_path / "picture.png")
+    Image.fromarray(pixels).convert(mode).save(path)
+    picture = read_picture(path)
+    np.testing.assert_array_equal(picture, read_image(path, format="RGB"))
+    assert picture.flags.writeable
 
 
 def test_folders_patterns_and_files(tmp_path: Path) -> None:

@@ -13,9 +13,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import instantiate
 
-from efficient_detr.engine.checks import check_arguments, check_operators, load_config
+from efficient_detr.engine.building import build_model
+from efficient_detr.engine.checks import (
+    check_arguments,
+    check_operators,
+    check_parts,
+    load_config,
+)
 from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.evaluation import count_flops, count_parameters, describe_cost
@@ -52,14 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def analyze(config_file: str, overrides: Sequence[str], height: int, width: int) -> str:
-    """Build the model of a config and describe its cost on one image of the given size."""
+    """Build the model of a config and describe its cost on one image of the given size.
+
+    Raises:
+        UserError: if there is no such model, or it cannot take images of this size.
+    """
+    if min(height, width) < 1:
+        raise UserError(f"--image-size {height} {width}: give 1 pixel or more for each side.")
     config = load_config(config_file, overrides)
+    check_parts(config, ["model"])
     check_arguments(config)
     check_operators(torch.device("cpu"))
     torch.manual_seed(0)
-    model = instantiate(config.model).eval()
+    model = build_model(config).eval()
     image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8)}
-    return describe_cost([count_flops(model, [image])], count_parameters(model))
+    try:
+        cost = count_flops(model, [image])
+    # A map that is smaller than a convolution's kernel.
+    except ValueError as error:
+        raise UserError(
+            f"The model of {config_file} cannot take images of {height} x {width} pixels "
+            f"(--image-size): {error}"
+        ) from error
+    return describe_cost([cost], count_parameters(model))
 
 
 if __name__ == "__main__":

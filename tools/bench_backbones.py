@@ -26,10 +26,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import errno
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.modeling import Backbone, SwinTransformer
 from kernel_benchmark.memory import peak_memory
 from kernel_benchmark.report import describe_machine, save_json
@@ -47,7 +48,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efficient_detr.engine.checks import check_arguments, load_config
+from efficient_detr.engine.building import build_model
+from efficient_detr.engine.checks import check_arguments, check_parts, load_config
 from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.backbones.dat import DAT
@@ -220,9 +222,10 @@ def most_logits(backbone: nn.Module, images: Tensor) -> int:
 def build(config_file: str, training: bool, device: torch.device) -> Backbone:
     """The backbone of a config."""
     config = load_config(config_file, [])
+    check_parts(config, ["model"])
     check_arguments(config)
     torch.manual_seed(0)
-    return find_backbone(instantiate(config.model), config_file).to(device).train(training)
+    return find_backbone(build_model(config), config_file).to(device).train(training)
 
 
 def draw_image(size: Size, device: torch.device) -> Tensor:
@@ -443,6 +446,23 @@ def check(arguments: argparse.Namespace) -> None:
     stems = [Path(file).stem for file in arguments.config_file]
     if len(set(stems)) < len(stems):
         raise UserError(f"--config-file: the files {', '.join(stems)} must differ in name.")
+    if arguments.json is not None:
+        check_writable(arguments.json)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file, and check that the file can be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--json {path} cannot be written ({error.strerror or error}): give a file in a "
+            "folder that you may write to."
+        ) from error
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from efficient_detr.data import generate_digits
 from efficient_detr.data.datasets import class_names
+from efficient_detr.engine.building import build_model
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import check_config, dataset_names, load_config
 from efficient_detr.engine.commands import report_user_error
@@ -145,7 +146,7 @@ def draw_pictures(cfg: DictConfig, output_dir: Path) -> list[Path]:
     Returns:
         The pictures.
     """
-    model = instantiate(cfg.model).to(torch.device(cfg.train.device)).eval()
+    model: Any = build_model(cfg).to(torch.device(cfg.train.device)).eval()
     AtomicCheckpointer(model).load(str(output_dir / FINAL_WEIGHTS))
     records = {record["image_id"]: record for record in instantiate(cfg.dataloader.test.dataset)}
     batches = instantiate(cfg.dataloader.test)

@@ -12,7 +12,8 @@ makes street_sampling_points.png.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         action="append",
         metavar=("X", "Y"),
-        help="fractions of the image's width and height; may be repeated (default: its middle)",
+        help="fractions of the image's width and height, for a classifier of those of the square "
+        "that it cuts out of the middle; may be repeated (default: the middle)",
     )
     points.add_argument("--group", type=int, help="show the points of this group only, from 0")
     points.add_argument("--head", type=int, help="weights of this head, from 0 (default: the mean)")
@@ -137,7 +139,9 @@ def draw_sampling_points(args: argparse.Namespace) -> int:
     def draw(image: np.ndarray, path: Path) -> None:
         with recorder:
             predictor(image)
-        save_sampling_points([recorder.example(queries)], path)
+        example = recorder.example(queries)
+        with reported_writing(path):
+            save_sampling_points([example], path)
 
     return for_each_picture(files, paths, draw)
 
@@ -159,6 +163,15 @@ def build_predictor(config: DictConfig) -> Predictor | PictureClassifier:
         logger.warning("No weights are given: pictures of untrained weights say little.")
     with temporary_seed(0):  # random weights shall give the same picture again
         return PictureClassifier(config) if "preprocessing" in config else Predictor(config)
+
+
+@contextmanager
+def reported_writing(path: Path) -> Iterator[None]:
+    """Turn the error of a file that cannot be written into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def for_each_picture(

@@ -91,6 +91,15 @@ def test_a_malformed_override_may_be_an_option_or_lack_quotes(config_file: str) 
     assert "need inner quotes, e.g. \"train.output_dir='/a/b c'\"" in text
 
 
+def test_counts_in_brackets_are_written_with_dots(config_file: str) -> None:
+    name = "dataloader.train.mapper.augmentations"
+    assert sentence(config_file, f"{name}[1].sample_style=range") == (
+        f"The override '{name}[1].sample_style=range' counts in brackets: write "
+        f"'{name}.1.sample_style' for '{name}[1].sample_style'."
+    )
+    load_config(config_file, [f"{name}.1.sample_style=range"])
+
+
 @pytest.mark.parametrize(
     ("override", "hint"),
     [

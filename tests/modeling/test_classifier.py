@@ -80,6 +80,8 @@ def test_images_of_several_sizes(inputs: list[dict[str, Any]], text: str) -> Non
     [
         ({"feature": "p2"}, "model.feature=p2: the backbone gives p3"),
         ({"channels": 8}, "model.channels=8, but p3 of the backbone has 3"),
+        ({"num_classes": 0}, "model.num_classes=0: give 1 class or more"),
+        ({"input_format": "BGRR"}, "model.input_format=BGRR is unknown: use RGB or BGR"),
     ],
 )
 def test_a_head_that_does_not_fit(change: dict[str, Any], text: str) -> None:

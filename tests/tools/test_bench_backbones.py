@@ -191,6 +191,8 @@ def test_machine_and_numbers_of_the_table() -> None:
         (["--config-file", "a/x.py", "b/x.py"], "must differ in name"),
         (["--config-file", "nowhere.py"], "nowhere.py does not exist"),
         (["--config-file", "linear"], "has no DAT and no Swin Transformer"),
+        (["--json", "/dev/null/found.json"], "--json /dev/null/found.json cannot be written"),
+        (["--json", "."], "--json . cannot be written (it is a folder)"),
     ],
 )
 def test_errors(

@@ -115,6 +115,7 @@ def test_overrides_decide(folder: Path) -> None:
         (["--head", "-1"], "no head -1"),
         (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--input", "nothing/*.png"], "names no picture"),
+        (["--input", ""], "--input '' names no picture"),
     ],
 )
 def test_errors(
@@ -138,6 +139,27 @@ def test_another_backbone_has_no_points(folder: Path, capsys: pytest.CaptureFixt
     assert "configs/focus_detr_dat_tiny.py" in capsys.readouterr().err
 
 
+def test_a_config_without_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "part.py").write_text("train = dict(device='cpu', init_checkpoint='')")
+    assert run(folder, config="part") == 2
+    assert "The config lacks model" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_a_picture(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "out" / "a_sampling_points.png").mkdir(parents=True)
+    assert run(folder) == 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("a_sampling_points.png cannot be written: Is a dir" in text for text in messages)
+    assert (folder / "out" / "b_sampling_points.png").is_file()
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+@pytest.mark.parametrize("config", ["classifier", "detector"])
+def test_a_picture_of_one_pixel(folder: Path, config: str) -> None:
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    assert run(folder, "--input", str(folder / "pixel.png"), config=config) == 0
+
+
 def test_no_picture_at_all(folder: Path) -> None:
     for name in ("a.png", "b.jpg"):
         (folder / "pictures" / name).unlink()
@@ -149,4 +171,6 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as end:
             visualize.main(arguments)
         assert end.value.code == 0
-    assert "--config-file" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--config-file" in printed
+    assert "for a classifier of those of the square" in printed

@@ -45,16 +45,17 @@ STAGES = (
 
 
 class PaddingModel(nn.Module):
-    """Takes Detectron2's dicts and pads to multiples of 32, as detectors do."""
+    """Takes Detectron2's dicts and pads, to multiples of 32 as detectors do."""
 
-    def __init__(self, input_format: str = "RGB", **options: Any) -> None:
+    def __init__(self, input_format: str = "RGB", divisibility: int = 32, **options: Any) -> None:
         super().__init__()
+        self.divisibility = divisibility
         self.input_format = input_format
         self.bottom_up = instantiate(dat(STAGES, image_size=64, **options)).eval()
 
     def forward(self, batched_inputs: list[dict[str, Tensor]]) -> Any:
         images = [inputs["image"] / 64 - 2 for inputs in batched_inputs]
-        return self.bottom_up(ImageList.from_tensors(images, 32).tensor)
+        return self.bottom_up(ImageList.from_tensors(images, self.divisibility).tensor)
 
 
 class FixedPoints(OffsetLimit):
@@ -81,20 +82,46 @@ def noise(height: int = 80, width: int = 100) -> Tensor:
 
 
 def test_pixels_of_points() -> None:
-    """Cells of 16 x 32 pixels; the middle of the first one is at (16, 8)."""
+    """Cells of 16 x 16 pixels; the middle of the first one is at (8, 8)."""
     points = torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])
-    pixels = pixels_of_points(points, (4, 6), (64, 192))
-    np.testing.assert_allclose(pixels, [[16, 8], [96, 32], [176, 56]])
+    pixels = pixels_of_points(points, (4, 6), 16)
+    np.testing.assert_allclose(pixels, [[8, 8], [48, 32], [88, 56]])
 
 
-def test_pixels_are_where_the_map_is_sampled() -> None:
-    """A map whose cells hold the mean place of their pixels: sampling it gives the place."""
-    x, y = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(64) + 0.5, indexing="xy")
+@pytest.mark.parametrize(("width", "height"), [(96, 64), (110, 70)])
+def test_pixels_are_where_the_map_is_sampled(width: int, height: int) -> None:
+    """A map whose cells hold the mean place of their pixels: sampling it gives the place.
+
+    Of 110 x 70 pixels, the last 14 columns and 6 rows are in no cell.
+    """
+    x, y = torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy")
     places = nn.functional.avg_pool2d(torch.stack([x, y])[None], 16).permute(0, 2, 3, 1)
     points = 2 * torch.rand(1, 1, 50, 2) - 1
     expected = sample_map(places, points)[0]
-    pixels = pixels_of_points(points[0, 0], (4, 6), (64, 96))
+    pixels = pixels_of_points(points[0, 0], (4, 6), 16)
     np.testing.assert_allclose(pixels, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "length", "cells"),
+    # 58 pixels are 14 cells of 4, 7 of 8 and 3 of 16 if rounded down, and 15, 8 and 4 if up.
+    [(dat, 40, 2), (dat, 58, 3), (dat_plus_plus, 40, 3), (dat_plus_plus, 58, 4)],
+)
+def test_cells_keep_their_size_without_padding(backbone: Any, length: int, cells: int) -> None:
+    """The corners of the map are the middles of its first and last cell of 16 pixels."""
+    stages = (*STAGES[:2], StageSpecification("D", 16, 4, num_groups=2), STAGES[3])
+    model = PaddingModel(divisibility=1)
+    model.bottom_up = instantiate(backbone(stages, image_size=64)).eval()
+    keys = model.bottom_up.stages[2].blocks[0].attention.keys
+    keys.limit = FixedPoints(1.0, -1.0)
+    example = record(model, noise(length, length), 2, 0).example([(0.0, 0.0), (1.0, 1.0)])
+    last = 16 * cells - 8
+    assert example.map_shape == (cells, cells)
+    np.testing.assert_allclose(example.points[..., 0], last)
+    np.testing.assert_allclose(example.points[..., 1], 8)
+    assert [one.position.tolist() for one in example.attended] == [[8, 8], [last, last]]
+    (middle,) = record(model, noise(length, length), 2, 0).example([(25 / length, 0.5)]).attended
+    assert middle.position[0] == 24  # pixel 25 is in the second cell, 16 to 31
 
 
 def test_a_point_is_drawn_on_its_pixel() -> None:

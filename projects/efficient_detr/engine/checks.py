@@ -135,6 +135,11 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
+            key = text.partition("=")[0]
+            if dotted := _dotted(key):
+                raise UserError(
+                    f"The override '{text}' counts in brackets: write '{dotted}' for '{key}'."
+                ) from error
             raise UserError(
                 f"The override '{text}' is not of the form path.to.key=value: options such as "
                 "--eval-only go before the overrides, and values with spaces, brackets, commas or "
@@ -160,17 +165,11 @@ def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int =
             broken data set, a number of classes that does not match or an output folder that cannot
             be made.
     """
-    roots = _ROOTS_OF_EVALUATION if eval_only else _ROOTS_OF_TRAINING
-    options = _TRAIN_OPTIONS_OF_EVALUATION if eval_only else _TRAIN_OPTIONS
-    missing = [root for root in roots if config.get(root) is None]
-    if not missing and not isinstance(config.train, DictConfig):
-        raise UserError(f"train={config.train} is not allowed: import it from configs/common.")
-    missing = missing or [f"train.{key}" for key in options if not _holds(config.train, key)]
-    if missing:
-        raise UserError(
-            f"The config lacks {' and '.join(missing)}: import it from configs/common, or see "
-            "efficient_detr.engine.train.do_train for what a config holds."
-        )
+    check_parts(
+        config,
+        _ROOTS_OF_EVALUATION if eval_only else _ROOTS_OF_TRAINING,
+        _TRAIN_OPTIONS_OF_EVALUATION if eval_only else _TRAIN_OPTIONS,
+    )
     check_arguments(config)
     check_values(config)
     check_device(config, num_gpus)
@@ -178,6 +177,28 @@ def check_config(config: DictConfig, *, eval_only: bool = False, num_gpus: int =
     for node in ("test",) if eval_only else ("train", "test"):
         check_dataset(config, node)
     check_output_dir(config)
+
+
+def check_parts(config: DictConfig, roots: Sequence[str], options: Sequence[str] = ()) -> None:
+    """Check that a config has what a command reads of it.
+
+    Args:
+        config: the config with all overrides applied.
+        roots: keys of its top level, ``train`` among them if there are options.
+        options: keys below ``train``.
+
+    Raises:
+        UserError: naming those that it lacks.
+    """
+    missing = [root for root in roots if config.get(root) is None]
+    if not missing and options and not isinstance(config.train, DictConfig):
+        raise UserError(f"train={config.train} is not allowed: import it from configs/common.")
+    missing = missing or [f"train.{key}" for key in options if not _holds(config.train, key)]
+    if missing:
+        raise UserError(
+            f"The config lacks {' and '.join(missing)}: import it from configs/common, or see "
+            "efficient_detr.engine.train.do_train for what a config holds."
+        )
 
 
 def check_values(config: DictConfig) -> None:
@@ -220,8 +241,8 @@ def check_arguments(config: DictConfig) -> None:
     Raises:
         UserError: naming the argument, the target and the closest argument that it takes.
     """
-    for path, node in _lazy_nodes(config, ""):
-        target = _target(node)
+    for path, node in lazy_nodes(config, ""):
+        target = target_of(node)
         arguments = _accepted_arguments(target)
         for key in node:
             if arguments is None or key == "_target_" or key in arguments:
@@ -355,7 +376,7 @@ def _is_known(config: DictConfig, parts: list[str]) -> bool:
             node = node._get_node(int(part))
         elif isinstance(node, DictConfig):
             if part not in node.keys():
-                target = _target(node)
+                target = target_of(node)
                 accepted = _accepted_arguments(target)
                 return target is not None and (accepted is None or part in accepted)
             node = node._get_node(part)
@@ -365,6 +386,12 @@ def _is_known(config: DictConfig, parts: list[str]) -> bool:
         if OmegaConf.is_config(node) and (node._is_interpolation() or node._is_missing()):
             return True
     return True
+
+
+def _dotted(key: str) -> str | None:
+    """A key with list indices between dots, where it has them in brackets; else None."""
+    dotted, count = re.subn(r"\[(\d+)\]", r".\1", key)
+    return dotted if count else None
 
 
 def _unknown_key(config: DictConfig, key: str) -> str:
@@ -392,16 +419,21 @@ def _all_keys(node: Any, prefix: str) -> Iterator[str]:
             yield from _all_keys(_child(node, index), f"{prefix}{index}.")
 
 
-def _lazy_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
-    """All nodes with a ``_target_``, with their dotted paths."""
+def lazy_nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """All nodes with a ``_target_``, with their dotted paths.
+
+    Args:
+        node: config or part of one; anything else has none.
+        path: the dotted path of ``node`` itself.
+    """
     if isinstance(node, DictConfig):
         if "_target_" in node.keys():
             yield path, node
         for key in node.keys():
-            yield from _lazy_nodes(_child(node, key), f"{path}.{key}" if path else str(key))
+            yield from lazy_nodes(_child(node, key), f"{path}.{key}" if path else str(key))
     elif isinstance(node, ListConfig):
         for index in range(len(node)):
-            yield from _lazy_nodes(_child(node, index), f"{path}.{index}")
+            yield from lazy_nodes(_child(node, index), f"{path}.{index}")
 
 
 def _child(node: DictConfig | ListConfig, key: Any) -> Any:
@@ -413,7 +445,12 @@ def _child(node: DictConfig | ListConfig, key: Any) -> Any:
     return None if open_value else child
 
 
-def _target(node: DictConfig) -> Callable[..., Any] | None:
+def target_of(node: DictConfig) -> Callable[..., Any] | None:
+    """What a node builds its object with; None if it has no ``_target_``, or none to call.
+
+    Raises:
+        UserError: if the target cannot be imported.
+    """
     target = node.get("_target_") if "_target_" in node.keys() else None
     if isinstance(target, str):
         try:
@@ -424,7 +461,7 @@ def _target(node: DictConfig) -> Callable[..., Any] | None:
 
 
 def _further_arguments(node: DictConfig) -> Sequence[str]:
-    return tuple(_accepted_arguments(_target(node)) or ())
+    return tuple(_accepted_arguments(target_of(node)) or ())
 
 
 def _accepted_arguments(target: Callable[..., Any] | None) -> dict[str, inspect.Parameter] | None:

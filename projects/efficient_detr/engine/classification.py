@@ -12,6 +12,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from efficient_detr.engine.building import build_model
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.classifier import ImageClassifier
@@ -35,7 +36,7 @@ class PictureClassifier:
                 "configs/backbones."
             )
         self.preprocessing = instantiate(cfg.preprocessing)
-        model = instantiate(cfg.model)
+        model = build_model(cfg)
         if not isinstance(model, ImageClassifier):
             raise UserError(
                 f"The config's model is a {type(model).__name__}, not a classifier: choose one of "

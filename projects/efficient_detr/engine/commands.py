@@ -12,6 +12,7 @@ from efficient_detr.engine.checks import (
     check_arguments,
     check_device,
     check_init_checkpoint,
+    check_parts,
     load_config,
 )
 from efficient_detr.engine.train import set_up_logging
@@ -19,6 +20,10 @@ from efficient_detr.errors import UserError
 
 NO_PICTURE_STATUS = 1
 USER_ERROR_STATUS = 2
+
+PARTS_OF_PICTURES = ("model", "train")
+TRAIN_OPTIONS_OF_PICTURES = ("device", "init_checkpoint")
+"""What commands about pictures read of a config, with `PARTS_OF_PICTURES`."""
 
 
 def report_user_error(error: UserError) -> int:
@@ -62,10 +67,12 @@ def picture_config(args: argparse.Namespace) -> DictConfig:
         args: of `picture_parser`, with an option ``--weights``.
 
     Raises:
-        UserError: if the model cannot be built or its weights do not exist.
+        UserError: if the config lacks a part, gives one an unknown argument, or names a device or
+            weights that are not there.
     """
     weights = [] if args.weights is None else [f"train.init_checkpoint='{args.weights}'"]
     config = load_config(args.config_file, [*args.opts, *weights])
+    check_parts(config, PARTS_OF_PICTURES, TRAIN_OPTIONS_OF_PICTURES)
     check_arguments(config)
     check_device(config, 1)
     check_init_checkpoint(config)

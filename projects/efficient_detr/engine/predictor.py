@@ -11,16 +11,19 @@ from detectron2.data import Metadata
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import VisImage, Visualizer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from efficient_detr.data.datasets import class_names, register_files
 from efficient_detr.data.seeding import temporary_seed
+from efficient_detr.engine.building import build_model
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
-from efficient_detr.engine.checks import dataset_names
+from efficient_detr.engine.checks import dataset_names, target_of
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
+from efficient_detr.modeling.classifier import ImageClassifier
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -34,7 +37,7 @@ class Predictor:
             the channel order, and ``dataloader.test.dataset`` for the class names.
 
     Raises:
-        UserError: if the weights cannot be loaded.
+        UserError: if the model is a classifier, or the weights cannot be loaded.
 
     Example::
 
@@ -44,11 +47,12 @@ class Predictor:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        _check_detector(cfg)
         mapper = OmegaConf.select(cfg, "dataloader.test.mapper", default={})
         self.image_format = str(mapper.get("image_format", "RGB"))
         self.augmentations = T.AugmentationList(list(instantiate(mapper.get("augmentations", []))))
         self.metadata = _metadata(cfg)
-        self.model = instantiate(cfg.model).to(torch.device(cfg.train.device)).eval()
+        self.model = build_model(cfg).to(torch.device(cfg.train.device)).eval()
         AtomicCheckpointer(self.model).load(cfg.train.init_checkpoint)
 
     @torch.no_grad()
@@ -76,7 +80,8 @@ class Predictor:
                 f"A picture of {width} x {height} pixels cannot be resized as "
                 f"dataloader.test.mapper.augmentations say: {error}"
             ) from error
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        # A copy, because PyTorch warns of arrays that cannot be written to, such as Pillow's.
+        tensor = torch.from_numpy(resized.image.transpose(2, 0, 1).copy())
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         instances: Instances = output["instances"].to("cpu")
         return instances[instances.scores.argsort(descending=True, stable=True)]
@@ -106,19 +111,30 @@ def read_picture(path: str) -> np.ndarray:
     """Read a picture, upright.
 
     Args:
-        path: file to read.
+        path: file to read. 16-bit grey values are scaled to 8 bits.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        UserError: if the file is missing or not a picture.
+        UserError: if the file is missing, not a picture, or has 32-bit values, whose range is
+            unknown.
     """
     try:
-        return np.ascontiguousarray(read_image(path, format="RGB"))
+        with PathManager.open(path, "rb") as file, Image.open(file) as picture:
+            mode, file_format = picture.mode, picture.format
+        if mode not in ("I", "F") and not mode.startswith("I;16"):
+            return np.array(read_image(path, format="RGB"))
+        pixels = read_image(path)
     # Pillow raises OSError, SyntaxError or ValueError, depending on where a file is broken.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture and is left out.") from error
+    # Pillow keeps the 16 bits of these formats in 32.
+    if not mode.startswith("I;16") and not (mode == "I" and file_format in ("PNG", "PPM")):
+        raise UserError(f"{path} has 32 bits a value and is left out: convert it to 8 or 16 bits.")
+    # Pillow would cut all values above 255 off.
+    grey = np.round(pixels / 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def picture_files(inputs: Sequence[str]) -> list[str]:
@@ -143,8 +159,10 @@ def picture_files(inputs: Sequence[str]) -> list[str]:
             found = sorted(glob.glob(os.path.expanduser(entry), recursive=True))
         else:
             found = [os.path.expanduser(entry)]
-        if not found:
-            raise UserError(f"--input {entry} names no picture: check the folder or pattern.")
+        if not found or "" in found:
+            raise UserError(
+                f"--input {entry or repr(entry)} names no picture: check the folder or pattern."
+            )
         files.update(dict.fromkeys(found))
     return list(files)
 
@@ -202,6 +220,18 @@ def save_picture(drawing: VisImage, path: str) -> None:
             drawing.save(str(partial_path))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _check_detector(cfg: DictConfig) -> None:
+    """Refuse a classifier before it is built."""
+    target = target_of(cfg.model)
+    if cfg.get("preprocessing") is not None or (
+        isinstance(target, type) and issubclass(target, ImageClassifier)
+    ):
+        raise UserError(
+            "The config is of a classifier, which finds no objects: choose a detector, or classify "
+            "pictures with tools/classify.py."
+        )
 
 
 def _metadata(cfg: DictConfig) -> Metadata:

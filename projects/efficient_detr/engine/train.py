@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from efficient_detr.engine.building import build_model
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import check_num_classes, dataset_names
 from efficient_detr.engine.trainer import AMP_DTYPES, Trainer
@@ -180,7 +181,7 @@ def _fix_seed(cfg: DictConfig) -> None:
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:
-    model: nn.Module = instantiate(cfg.model)
+    model = build_model(cfg)
     model.to(torch.device(cfg.train.device))
     logger.info("Model:\n%s", model)
     return model

@@ -42,7 +42,8 @@ class ImageClassifier(nn.Module):
         input_format: channel order of the input images, "RGB" or "BGR".
 
     Raises:
-        ConfigError: if the backbone gives no such map, or another number of channels.
+        ConfigError: if there is no class, the channel order is unknown, or the backbone gives no
+            such map, or another number of channels.
     """
 
     pixel_mean: Tensor
@@ -60,6 +61,10 @@ class ImageClassifier(nn.Module):
         input_format: str = "RGB",
     ) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise ConfigError(f"model.num_classes={num_classes}: give 1 class or more.")
+        if input_format not in ("RGB", "BGR"):
+            raise ConfigError(f"model.input_format={input_format} is unknown: use RGB or BGR.")
         shapes = backbone.output_shape()
         if feature not in shapes:
             raise ConfigError(

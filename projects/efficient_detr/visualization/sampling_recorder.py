@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from efficient_detr.errors import UserError
-from efficient_detr.modeling.backbones.dat import DAT
+from efficient_detr.modeling.backbones.dat import DAT, STRIDES
 from efficient_detr.modeling.backbones.deformable_attention import DeformableMapAttention
 from efficient_detr.modeling.backbones.deformed_keys import DeformedKeys
 from efficient_detr.visualization.figures import Image
@@ -71,12 +71,12 @@ class SamplingRecorder:
         self.groups = self._chosen_groups(group)
         self.images: list[Image] = []
         self.features: Tensor | None = None
-        self.padded_size: tuple[int, int] = (0, 0)
+        # Also where a side is no multiple of it: stages drop a part of a cell, or fill it up.
+        self.stride = STRIDES[stage]
 
     def __enter__(self) -> SamplingRecorder:
         self._handles = [
             self.model.register_forward_pre_hook(self._keep_images),
-            self.backbone.register_forward_pre_hook(self._keep_size),
             self.attention.register_forward_pre_hook(self._keep_features),
         ]
         return self
@@ -111,16 +111,14 @@ class SamplingRecorder:
         indices = torch.tensor([y * shape[1] + x for x, y in cells], device=features.device)
         weights = self.attention.attention_weights(features, indices)[0][0]  # (H, n, M)
         assert tokens.points is not None
-        middles = (np.array(cells, dtype=np.float64) + 0.5) * self._cell_size(shape)
+        middles = (np.array(cells, dtype=np.float64) + 0.5) * self.stride
         return SamplingExample(
             image=image,
             title=self.title,
             groups=self.groups,
             map_shape=tokens.map_shape,
-            references=pixels_of_points(
-                self._references(tokens.map_shape), shape, self.padded_size
-            ),
-            points=pixels_of_points(tokens.points[0, list(self.groups)], shape, self.padded_size),
+            references=pixels_of_points(self._references(tokens.map_shape), shape, self.stride),
+            points=pixels_of_points(tokens.points[0, list(self.groups)], shape, self.stride),
             attended=tuple(
                 AttendedPoints(middle, self._weights(weights[:, index]))
                 for index, middle in enumerate(middles)
@@ -151,14 +149,10 @@ class SamplingRecorder:
         """The cell (x, y) of a map (H, W) that a query falls into."""
         height, width = image.shape[:2]
         pixel = np.array(query) * (width, height)
-        x, y = (pixel / self._cell_size(shape)).astype(int).tolist()
-        # The right and the lower border belong to the last cell.
-        last_x, last_y = (np.ceil((width, height) / self._cell_size(shape)) - 1).astype(int)
-        return min(x, int(last_x), shape[1] - 1), min(y, int(last_y), shape[0] - 1)
-
-    def _cell_size(self, shape: tuple[int, int]) -> NDArray[np.float64]:
-        """(2,) width and height of a cell of a map (H, W), in pixels."""
-        return np.array(self.padded_size[::-1], dtype=np.float64) / shape[::-1]
+        x, y = (pixel / self.stride).astype(int).tolist()
+        # The right and the lower border belong to the last cell, as does what the map leaves out.
+        last_x, last_y = -(-width // self.stride) - 1, -(-height // self.stride) - 1
+        return min(x, last_x, shape[1] - 1), min(y, last_y, shape[0] - 1)
 
     def _weights(self, weights: Tensor) -> NDArray[np.float64]:
         """(G, M) weights of the shown groups from (H, M) of all heads."""
@@ -173,34 +167,29 @@ class SamplingRecorder:
         input_format = str(getattr(module, "input_format", "RGB"))
         self.images = [rgb_image(inputs["image"], input_format) for inputs in args[0]]
 
-    def _keep_size(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the backbone."""
-        self.padded_size = (int(args[0].shape[-2]), int(args[0].shape[-1]))
-
     def _keep_features(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the attention."""
         self.features = args[0].detach()
 
 
-def pixels_of_points(
-    points: Tensor, shape: tuple[int, int], padded_size: tuple[int, int]
-) -> NDArray[np.float64]:
+def pixels_of_points(points: Tensor, shape: tuple[int, int], stride: int) -> NDArray[np.float64]:
     """Pixels of an image from the normalised points of a feature map.
 
-    -1 and 1 are the middles of the first and last cell, which themselves lie half a cell inside the
-    padded image.
+    -1 and 1 are the middles of the first and last cell. The map need not cover the image exactly:
+    where a side is no multiple of the stride, DAT drops its last pixels, and the last cell of DAT++
+    reaches beyond it.
 
     Args:
         points: (..., 2) points (x, y).
         shape: (H, W) of the map that they sample.
-        padded_size: (height, width) of the image that the map covers, padding included.
+        stride: side of a cell, in pixels.
 
     Returns:
         (..., 2) places (x, y), where pixel i reaches from i to i + 1.
     """
     cells = np.array(shape[::-1], dtype=np.float64)
     place = (points.double().cpu().numpy() + 1) / 2 * (cells - 1)
-    return (place + 0.5) * (np.array(padded_size[::-1], dtype=np.float64) / cells)
+    return (place + 0.5) * stride
 
 
 # Checks ------------------------------------------------------------------------------------------
