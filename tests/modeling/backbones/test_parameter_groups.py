@@ -43,6 +43,7 @@ def tiny_swin() -> Backbone:
         depths=[1, 2, 1, 1],
         num_heads=[2, 2, 2, 2],
         window_size=2,
+        drop_path_rate=0.0,  # the real one needs a further package for another rate
         ape=True,
         out_indices=(1, 2, 3),
     )
