@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.backbones.dat import DAT, STRIDES
 from efficient_detr.modeling.backbones.deformable_attention import DeformableMapAttention
-from efficient_detr.modeling.backbones.deformed_keys import DeformedKeys
+from efficient_detr.modeling.backbones.deformed_keys import SINGLE_POSITION, DeformedKeys
 from efficient_detr.visualization.figures import Image
 from efficient_detr.visualization.sampling_points import AttendedPoints, SamplingExample
 from efficient_detr.visualization.tokens import rgb_image
@@ -130,8 +130,8 @@ class SamplingRecorder:
         """(M, 2) normalised points (x, y) of the reference grid, row by row."""
         device = torch.device("cpu")
         y, x = (self.keys.grid.key_positions(length, device) for length in map_shape)
-        # The grid of DAT++ has no finite place for a single key; its limit puts it at 1.
-        return torch.cartesian_prod(y, x).flip(1).nan_to_num(posinf=1.0)
+        # The grid of DAT++ has no finite place for a single key; its limit puts it there.
+        return torch.cartesian_prod(y, x).flip(1).nan_to_num(posinf=SINGLE_POSITION)
 
     def _chosen_groups(self, group: int | None) -> tuple[int, ...]:
         """The group that was asked for, that of the head, or all."""

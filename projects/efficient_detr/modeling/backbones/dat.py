@@ -149,13 +149,8 @@ class DAT(Backbone):
         super().__init__()
         if len(stages) != len(FEATURES):
             raise ConfigError(f"backbone.stages of DAT must be four, but are {len(stages)}.")
-        unknown = [name for name in out_features if name not in FEATURES]
-        if (
-            isinstance(out_features, str)
-            or unknown
-            or not out_features
-            or len(set(out_features)) != len(out_features)
-        ):
+        names = [] if isinstance(out_features, str) else list(out_features)
+        if not names or len(set(names)) != len(names) or not set(names) <= set(FEATURES):
             raise ConfigError(
                 f"backbone.out_features={out_features}: name some of {', '.join(FEATURES)}, "
                 "each once."
