@@ -72,7 +72,7 @@ def _detect(args: argparse.Namespace) -> int:
     check_init_checkpoint(cfg)
     _check_classes(cfg)
     files = picture_files(args.input)
-    predictor = Predictor(cfg)
+    predictor = Predictor(cfg, args.config_file)
     done = 0
     pairs = zip(files, output_paths(files, args.output), strict=True)
     for source, target in tqdm(pairs, total=len(files), unit="picture", disable=None):

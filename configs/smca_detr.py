@@ -7,7 +7,7 @@
 Quoted from the authors' README: 41.0 AP after 50, 42.7 after 108 and 43.5 after 250 epochs. Their
 code has 41.76 M parameters and needs 104.6 GFLOPs at 800x1333. Here 41.76 M parameters: 80 classes
 instead of their 92 columns (91 category numbers, and one for no object that is trained like a class
-without objects) are 3,084 fewer. With the authors' weights set model.num_classes=92.
+without objects) are 3,084 fewer. Their weights load as they are: the columns of the 80 are taken.
 
     ResNet-101               model.detector.backbone.stages.depth=101
     another type of scale    model = smca(scale=HeadScale) of configs/common/models/smca.py

@@ -13,7 +13,7 @@ kernels of 7 cells, 6 encoder layers and 50 epochs:
 
 Their published code, which has no log: smca_conv(kernel_size=5, shared=False, encoder_layers=5).
 Their model needs 204 GFLOPs at 800x1333. Here 40.98 M parameters, 40.76 M of them trainable: 80
-classes instead of their 92 columns are 3,084 fewer. With their weights set model.num_classes=92.
+classes instead of their 92 columns are 3,084 fewer; of their weights those of the 80 are taken.
 Unlike theirs, the images of a batch do not share the level weights of the first one.
 ResNet-101: model.detector.backbone.stages.depth=101
 """

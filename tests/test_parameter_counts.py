@@ -100,18 +100,23 @@ def built(config: Any) -> nn.Module:
     return model
 
 
+def official_model(name: str) -> nn.Module:
+    """The model of a name in `OFFICIAL`, with the authors' number of classes."""
+    file, function, arguments, backbone, _ = OFFICIAL[name]
+    arguments = {"num_classes": 91, **arguments}
+    if backbone is not None:
+        make = LazyConfig.load(str(MODELS / "backbones.py"), backbone[0])
+        arguments["backbone"] = make(*backbone[1])
+    return built(LazyConfig.load(str(MODELS / f"{file}.py"), function)(**arguments))
+
+
 def count(model: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_count(name: str) -> None:
-    file, function, arguments, backbone, expected = OFFICIAL[name]
-    arguments = {"num_classes": 91, **arguments}
-    if backbone is not None:
-        make = LazyConfig.load(str(MODELS / "backbones.py"), backbone[0])
-        arguments["backbone"] = make(*backbone[1])
-    model = built(LazyConfig.load(str(MODELS / f"{file}.py"), function)(**arguments))
+    model, expected = official_model(name), OFFICIAL[name][-1]
     assert count(model) == expected
     assert count(model, trained=True) == expected - FROZEN
 

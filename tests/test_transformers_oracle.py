@@ -1,181 +1,228 @@
 """The detectors against Hugging Face's `transformers`, which has code of its own for them.
 
-Our random weights are renamed for the other library; both then see the same two padded images at
-full size. `transformers` is needed by this file only.
+Our random weights are written in the layout of the other library and fill its models; both then see
+the same two padded images. Its weights are read back from its models and from the files that it
+saves. `transformers` is needed by this file only.
 """
 
 from __future__ import annotations
 
-import re
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from torch import Tensor, nn
-from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
-from transformers.models.deformable_detr.modeling_deformable_detr import (
-    DeformableDetrForObjectDetection,
-)
-from transformers.models.detr.configuration_detr import DetrConfig
-from transformers.models.detr.modeling_detr import DetrForObjectDetection
-from transformers.models.resnet.configuration_resnet import ResNetConfig
 
-from efficient_detr.modeling.detector import Detector
+from efficient_detr.checkpoint.conversion import write_keys
+from efficient_detr.checkpoint.convert import convert_checkpoint, export_checkpoint
+from efficient_detr.checkpoint.files import read_checkpoint
+from efficient_detr.checkpoint.hugging_face import huggingface_resnet
+from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.queries import ProposalHead
 from tests.tiny_models import padding_mask
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-SIZES = [(200, 320), (256, 235)]
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+MODELS = Path(__file__).parents[1] / "configs" / "common" / "models"
+IMAGE_SIZES = [(200, 320), (256, 235)]
 """(height, width) of the images: each is padded on one side, by no multiple of a stride."""
 
-# Parts of our names -> parts of theirs (release 5), applied one after the other.
-RENAMED = [
-    (r"^backbone\.stem\.conv1", "model.backbone.model.embedder.embedder"),
-    (r"^backbone\.res(\d)\.(\d+)", lambda m: f"{_STAGES}.{int(m[1]) - 2}.layers.{m[2]}"),
-    (r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}."),
-    (r"^(model\.backbone.*)\.norm\.", r"\1.normalization."),
-    (r"^(model\.backbone.*)(\.\d|embedder|shortcut)\.weight$", r"\1\2.convolution.weight"),
-    (r"^neck\.(convs|extra_convs)\.(\d)\.(?=weight|bias)", r"model.input_proj.\1.\2.0."),
-    (r"^neck\.(convs|extra_convs)\.(\d)\.norm\.", r"model.input_proj.\1.\2.1."),
-    (r"\.extra_convs\.(\d)", lambda m: f".{int(m[1]) + 3}"),  # after those of res3, res4, res5
-    (r"\.input_proj\.convs\.", ".input_proj."),
-    (r"^tokenizer\.level_embedding", "model.level_embed"),
-    (r"^(encoder|decoder)\.", r"model.\1."),
-    (r"\.(attention|self_attention)\.", ".self_attn."),
-    (r"\.cross_attention\.", ".encoder_attn."),
-    (r"\.(attention|self_attention)_norm\.", ".self_attn_layer_norm."),
-    (r"\.cross_attention_norm\.", ".encoder_attn_layer_norm."),
-    (r"\.feedforward_norm\.", ".final_layer_norm."),
-    (r"\.feedforward\.expand\.", ".mlp.fc1."),
-    (r"\.feedforward\.contract\.", ".mlp.fc2."),
-    (r"\.out_proj\.", ".o_proj."),
-    (r"\.(value|output)_projection\.", r".\1_proj."),
-    (r"^queries\.(position|embedding)$", "model.query_position_embeddings.weight"),
-    (r"^queries\.reference_points\.", "model.reference_points."),
-    (r"^queries\.projection\.", "model.pos_trans."),
-    (r"^queries\.norm\.", "model.pos_trans_norm."),
-    (r"^proposals\.projection\.", "model.enc_output."),
-    (r"^proposals\.norm\.", "model.enc_output_norm."),
-    (r"^proposals\.head\.", "model.decoder.heads.6."),  # after those of the six decoder layers
-    (r"^model\.decoder\.norm\.", "model.decoder.layernorm."),
-    (r"^model\.decoder\.heads\.(\d)\.class_layer\.", r"class_embed.\1."),
-    (r"^model\.decoder\.heads\.(\d)\.box_layers\.", r"bbox_embed.\1."),
-]
-_STAGES = "model.backbone.model.encoder.stages"
-# DETR has one head and one input projection, with names of their own.
-RENAMED_DETR = [
-    (r"^class_embed\.0\.", "class_labels_classifier."),
-    (r"^bbox_embed\.0\.", "bbox_predictor."),
-    (r"^model\.input_proj\.0\.0\.", "model.input_projection."),
-]
-# What release 5 calls otherwise than release 4.
-RENAMED_RELEASE_4 = [
-    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
-    (r"\.o_proj\.", ".out_proj."),
-    (r"\.mlp\.", "."),
-]
+STEM_CHANNELS = 8
+STAGE_CHANNELS = {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
+BLOCKS = {"res2": 1, "res3": 2, "res4": 1, "res5": 2}
+
+SIZES: dict[str, Any] = dict(
+    num_classes=7,
+    channels=64,
+    num_heads=8,
+    hidden_channels=48,
+    encoder_layers=2,
+    decoder_layers=3,
+    num_queries=20,
+)
+
+THREE_MAPS = ["res3", "res4", "res5"]
+# Variant -> function of the models' configs, maps of the backbone, and what the configuration in
+# the other library differs in from the default.
+VARIANTS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "detr": ("detr", ["res5"], {}),
+    "single_scale": ("deformable_detr", ["res5"], {"num_feature_levels": 1}),
+    "deformable": ("deformable_detr", THREE_MAPS, {}),
+    # Untied, or the classes of all layers would be one: what was trained has them apart.
+    "refine": (
+        "deformable_detr_refine",
+        THREE_MAPS,
+        {"with_box_refine": True, "tie_word_embeddings": False},
+    ),
+    "two_stage": (
+        "deformable_detr_two_stage",
+        THREE_MAPS,
+        {"with_box_refine": True, "two_stage": True},
+    ),
+}
 RELEASE_4 = transformers.__version__.startswith("4.")
+OUR_BACKBONE = "detector.backbone."
+THEIR_BACKBONE = "model.backbone.conv_encoder.model." if RELEASE_4 else "model.backbone.model."
 
 
-def renamed(weights: dict[str, Tensor], *tables: list[tuple[str, Any]]) -> dict[str, Tensor]:
-    """Our weights under the other library's names, packed projections taken apart."""
-    result = {}
-    for name, tensor in unpacked(weights).items():
-        for table in tables:
-            for pattern, replacement in table:
-                name = re.sub(pattern, replacement, name)
-        result[name] = tensor
-    return result
+# Our models -------------------------------------------------------------------------------------
 
 
-def unpacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Three matrices for query, key and value instead of one."""
-    result = {}
-    for name, tensor in weights.items():
-        if ".in_proj_" in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                result[name.replace(".in_proj_", f".{letter}_proj.")] = part
-        else:
-            result[name] = tensor
-    return result
+def tiny_resnet(features: list[str]) -> Any:
+    """The LazyConfig of a ResNet with bottlenecks."""
+    inputs, stages = STEM_CHANNELS, []
+    for name, channels in STAGE_CHANNELS.items():
+        stages.append(
+            L(ResNet.make_stage)(
+                block_class=BottleneckBlock,
+                num_blocks=BLOCKS[name],
+                in_channels=inputs,
+                out_channels=channels,
+                bottleneck_channels=channels // 4,
+                stride_per_block=[1 if name == "res2" else 2] + [1] * (BLOCKS[name] - 1),
+                stride_in_1x1=False,
+                norm="FrozenBN",
+            )
+        )
+        inputs = channels
+    stem = L(BasicStem)(in_channels=3, out_channels=STEM_CHANNELS, norm="FrozenBN")
+    return L(ResNet)(stem=stem, stages=stages, out_features=features)
 
 
-def with_copies(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The heads once more wherever the other library keeps a copy of them.
+def tiny_detector(variant: str, **arguments: Any) -> EfficientDETR:
+    """A model in evaluation mode, with weights off their start values, where queries look alike.
 
-    A head that our layers share is repeated for each of its layers, and refinement has the heads
-    inside the decoder besides.
+    Args:
+        variant: a key of `VARIANTS`.
+        arguments: of the function that makes the config.
     """
-    result = dict(weights)
-    for name in model.state_dict():
-        head = name.removeprefix("model.decoder.")
-        if name not in result and head.startswith(("class_embed.", "bbox_embed.")):
-            first = re.sub(r"^(\w+)\.\d+", r"\1.0", head)
-            result[name] = weights[head if head in weights else first]
-    return result
-
-
-def our_detector(name: str) -> Detector:
-    """The detector of a config, with weights off their start values, where queries look alike."""
+    function, features, theirs = VARIANTS[variant]
+    file = "detr" if function == "detr" else "deformable_detr"
+    if "num_feature_levels" in theirs:
+        arguments["num_levels"] = theirs["num_feature_levels"]
+    sizes = {
+        "backbone": tiny_resnet(features),
+        "in_features": features,
+        "in_channels": [STAGE_CHANNELS[name] for name in features],
+        **SIZES,
+        **arguments,
+    }
+    config = LazyConfig.load(str(MODELS / f"{file}.py"), function)(**sizes)
     torch.manual_seed(1)
-    model: Any = LazyConfig.load(str(CONFIGS / name)).model
-    detector: Detector = instantiate(model).detector
-    for key, parameter in detector.named_parameters():
+    model: EfficientDETR = instantiate(config)
+    _leave_start_values(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def _leave_start_values(model: EfficientDETR) -> None:
+    for key, parameter in model.detector.named_parameters():
         if not key.startswith("backbone."):
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn_like(parameter))
         if key.endswith("cross_attention.in_proj_weight"):  # some tokens are much preferred
             parameter[: 2 * parameter.shape[1]].mul_(4)
         if key.endswith("box_layers.layers.2.weight"):
             parameter.mul_(4)
-    for key, buffer in detector.backbone.named_buffers():
+    backbone = model.detector.backbone
+    for key, buffer in [] if backbone is None else list(backbone.named_buffers()):
         if key.endswith(("running_mean", "bias")):
             buffer.normal_(std=0.1)
         else:
             buffer.uniform_(0.8, 1.2)
         if key.endswith("conv3.norm.weight"):
-            buffer.mul_(0.3)  # sixteen blocks add up
-    if detector.proposals is not None:
-        rank_invalid_tokens_last(detector.proposals)
-    return detector.eval()
+            buffer.mul_(0.3)  # blocks add up
+    if model.detector.proposals is not None:
+        _rank_invalid_tokens_last(model.detector.proposals)
 
 
-def rank_invalid_tokens_last(proposals: ProposalHead) -> None:
+def _rank_invalid_tokens_last(proposals: ProposalHead) -> None:
     """All invalid tokens have the same score, so which of them is selected would be open."""
     constant = proposals.norm(proposals.projection.bias)
     proposals.head.class_layer.weight[0].mul_(5).sub_(constant)
 
 
-def their_arguments(detector: Detector) -> dict[str, Any]:
-    stages = [f"stage{int(feature[-1]) - 1}" for feature in detector.neck.in_features]
-    arguments: dict[str, Any] = {
-        "backbone_config": ResNetConfig(out_features=stages),
-        "num_labels": 80,
-        # Heads of their own for every layer: they get equal weights where ours are shared.
-        "tie_word_embeddings": False,
+# Theirs ------------------------------------------------------------------------------------------
+
+
+def format_name(variant: str, *, of_hub: bool = False) -> str:
+    detector = "detr" if variant == "detr" else "deformable_detr"
+    return f"huggingface_{detector}{'' if RELEASE_4 or of_hub else '_v5'}"
+
+
+def their_configuration(variant: str, model: EfficientDETR, **arguments: Any) -> Any:
+    """The configuration of a model like ours."""
+    stages = [f"stage{int(feature[-1]) - 1}" for feature in model.detector.neck.in_features]
+    backbone: dict[str, Any] = {
+        "embedding_size": STEM_CHANNELS,
+        "hidden_sizes": list(STAGE_CHANNELS.values()),
+        "depths": list(BLOCKS.values()),
     }
+    sizes: dict[str, Any] = {
+        "backbone_config": transformers.ResNetConfig(
+            out_features=stages, **arguments.pop("backbone", backbone)
+        ),
+        "num_labels": SIZES["num_classes"],
+        "d_model": SIZES["channels"],
+        "encoder_layers": SIZES["encoder_layers"],
+        "decoder_layers": SIZES["decoder_layers"],
+        "encoder_ffn_dim": SIZES["hidden_channels"],
+        "decoder_ffn_dim": SIZES["hidden_channels"],
+        "num_queries": SIZES["num_queries"],
+    }
+    if variant != "detr":
+        sizes["two_stage_num_proposals"] = SIZES["num_queries"]
     if RELEASE_4:
-        arguments |= {"use_timm_backbone": False, "backbone": None}
-        arguments |= {"use_pretrained_backbone": False}
-    return arguments
+        sizes |= {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
+    dense = variant == "detr"
+    build = transformers.DetrConfig if dense else transformers.DeformableDetrConfig
+    return build(**sizes, **VARIANTS[variant][2], **arguments)
 
 
-def their_model(detector: Detector, **arguments: Any) -> nn.Module:
-    """The other library's detector with our weights; all of its weights come from ours."""
-    dense = not hasattr(detector.tokenizer, "level_embedding")
-    config = DetrConfig if dense else DeformableDetrConfig
-    build = DetrForObjectDetection if dense else DeformableDetrForObjectDetection
-    model = build(config(**their_arguments(detector), **arguments))
-    tables = [RENAMED, RENAMED_DETR if dense else [], RENAMED_RELEASE_4 if RELEASE_4 else []]
-    weights = with_copies(renamed(detector.state_dict(), *tables), model)
-    model.load_state_dict(weights)
-    return model.eval()
+def their_class(variant: str) -> Any:
+    if variant == "detr":
+        return transformers.DetrForObjectDetection
+    return transformers.DeformableDetrForObjectDetection
+
+
+def exported(model: EfficientDETR, name: str, backbone: str) -> dict[str, Tensor]:
+    """Our weights in a layout of theirs, whose backbone is as the library builds it."""
+    ours = model.state_dict()
+    written = export_checkpoint(ours, name)
+    with_timm = {key for key in written if key.startswith(backbone)}
+    own = {
+        key.removeprefix(OUR_BACKBONE): tensor
+        for key, tensor in ours.items()
+        if key.startswith(OUR_BACKBONE)
+    }
+    assert len(with_timm) == len(own)
+    rest = {key: tensor for key, tensor in written.items() if key not in with_timm}
+    return rest | {
+        backbone + key: tensor for key, tensor in write_keys(own, huggingface_resnet()).items()
+    }
+
+
+def their_model(variant: str, model: EfficientDETR, **arguments: Any) -> nn.Module:
+    """The other library's model; all of its weights come from ours."""
+    theirs: nn.Module = their_class(variant)(their_configuration(variant, model, **arguments))
+    theirs.load_state_dict(exported(model, format_name(variant), THEIR_BACKBONE))
+    return theirs.eval()
+
+
+@functools.cache
+def both(variant: str) -> tuple[EfficientDETR, nn.Module]:
+    """Our model and theirs with the same weights."""
+    ours = tiny_detector(variant)
+    return ours, their_model(variant, ours)
 
 
 def dilate(model: nn.Module) -> None:
-    """Make the last stage that of DC5; the library has DC5 in another backbone library only."""
+    """Make the last stage that of DC5; the library has DC5 with timm only."""
     stages = [module for name, module in model.named_modules() if name.endswith("encoder.stages")]
     first, *others = stages[0][-1].layers
     first.shortcut.convolution.stride = first.layer[1].convolution.stride = (1, 1)
@@ -185,15 +232,31 @@ def dilate(model: nn.Module) -> None:
 
 def batch() -> tuple[Tensor, Tensor]:
     """Two images, zero on padding, and their padding mask."""
-    mask = padding_mask(SIZES, (256, 320))
+    mask = padding_mask(IMAGE_SIZES, (256, 320))
     images = torch.randn(2, 3, 256, 320, generator=torch.Generator().manual_seed(2))
     return images.masked_fill(mask[:, None], 0), mask
+
+
+def assert_same_predictions(ours: EfficientDETR, theirs: nn.Module) -> None:
+    images, mask = batch()
+    prediction = ours.detector(images, mask).prediction
+    output = theirs(images, pixel_mask=(~mask).long())
+    spread = prediction.logits.std(dim=1).mean()  # of the queries of an image
+    assert spread > 0.01, "queries that look alike would hide a wrong part"
+    torch.testing.assert_close(prediction.logits, output.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(prediction.boxes, output.pred_boxes, rtol=0, atol=1e-4)
+
+
+def assert_same_weights(found: dict[str, Tensor], model: EfficientDETR) -> None:
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 @torch.no_grad()
 def test_the_selection_of_proposals_is_unambiguous() -> None:
     """Otherwise the order of the two-stage queries would be a matter of rounding."""
-    detector = our_detector("deformable_detr_two_stage.py")
+    detector = tiny_detector("two_stage").detector
     memory = detector.encode(detector.tokenize(*batch())).memory
     proposals = detector.proposals(memory)
     scores, order = proposals.logits[..., 0].sort(descending=True)
@@ -204,27 +267,55 @@ def test_the_selection_of_proposals_is_unambiguous() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("config", "arguments"),
-    [
-        ("detr.py", {}),
-        ("detr_dc5.py", {}),
-        ("deformable_detr_single_scale.py", {"num_feature_levels": 1}),
-        ("deformable_detr.py", {}),
-        ("deformable_detr_refine.py", {"with_box_refine": True}),
-        ("deformable_detr_two_stage.py", {"with_box_refine": True, "two_stage": True}),
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_same_predictions(config: str, arguments: dict[str, Any]) -> None:
-    detector = our_detector(config)
-    images, mask = batch()
-    ours = detector(images, mask).prediction
-    model = their_model(detector, **arguments)
-    if "dc5" in config:
-        dilate(model)
-    theirs = model(images, pixel_mask=(~mask).long())
-    spread = ours.logits.std(dim=1).mean()  # of the queries of an image
-    assert spread > 0.01, "queries that look alike would hide a wrong part"
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours.boxes, theirs.pred_boxes, rtol=0, atol=1e-4)
+def test_same_predictions_with_our_weights(variant: str) -> None:
+    assert_same_predictions(*both(variant))
+
+
+@torch.no_grad()
+def test_same_predictions_with_a_dilated_stage() -> None:
+    """With a whole ResNet-50: Detectron2's dilated stages come in this size only."""
+    backbone = LazyConfig.load(str(MODELS / "backbones.py"), "resnet_dc5")(50)
+    ours = tiny_detector("detr", backbone=backbone, in_channels=[2048])
+    theirs = their_model("detr", ours, backbone={})
+    dilate(theirs)
+    assert_same_predictions(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_of_their_model_are_ours(variant: str) -> None:
+    ours, theirs = both(variant)
+    conversion = convert_checkpoint(theirs.state_dict(), model=ours)
+    assert conversion.format is not None and conversion.format.name == format_name(variant)
+    assert_same_weights(conversion.state, ours)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_that_they_save_is_read(variant: str, tmp_path: Path) -> None:
+    """Files have the names of release 4, and each weight once."""
+    ours, theirs = both(variant)
+    theirs.save_pretrained(tmp_path)
+    conversion = convert_checkpoint(
+        read_checkpoint(tmp_path / "model.safetensors")["model"], model=ours
+    )
+    assert conversion.format is not None
+    assert conversion.format.name == format_name(variant, of_hub=True)
+    assert_same_weights(conversion.state, ours)
+
+
+@pytest.mark.parametrize("variant", ["detr", "two_stage"])
+@torch.no_grad()
+def test_a_file_with_the_names_of_the_hub_is_read_by_them(variant: str) -> None:
+    ours, _ = both(variant)
+    weights = exported(
+        ours, format_name(variant, of_hub=True), "model.backbone.conv_encoder.model."
+    )
+    theirs, loading = their_class(variant).from_pretrained(
+        None,
+        config=their_configuration(variant, ours),
+        state_dict=weights,
+        output_loading_info=True,
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert_same_predictions(ours, theirs.eval())

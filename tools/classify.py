@@ -80,7 +80,7 @@ def classify(args: argparse.Namespace) -> list[list[str]]:
         raise UserError(f"--top {args.top}: show 1 class or more.")
     config = picture_config(args)
     files = picture_files(args.input)
-    classifier = PictureClassifier(config)
+    classifier = PictureClassifier(config, args.config_file)
     num_classes = classifier.model.num_classes
     names = read_class_names(args.classes, num_classes) if args.classes else None
     lines: list[list[str]] = []

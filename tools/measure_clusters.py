@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> Found:
     files = picture_files(args.input)
     if args.output:
         make_folder(args.output)
-    predictor = Predictor(config)
+    predictor = Predictor(config, args.config_file)
     recorder = ClusterRecorder(predictor.model, args.layer, args.head)
     if not config.train.init_checkpoint:
         logger.warning("No weights are given: figures of untrained weights mean little.")

@@ -5,9 +5,14 @@ import torch
 train = dict(
     # Checkpoints, log.txt, metrics.json, TensorBoard events, results.json and config.yaml go here.
     output_dir="./output",
-    # Weights to start from: a path, an https:// or a detectron2:// address; "" for none.
-    # Weights of another shape are skipped and listed. --resume goes before it.
+    # Weights to start from, ours or in a published format (docs/checkpoints.md): a path, an https://
+    # or a detectron2:// address; "" for none. A download is kept in a cache, and compared with the
+    # SHA-256 in its name (detr-r50-e632da11.pth) or behind it (.../detr.pth#sha256=e632da11).
+    # In training, classes that the file does not have and queries of another number start anew, and
+    # the log says so; whatever else does not fit is an error. --resume goes before it.
     init_checkpoint="",
+    # Take what fits of a file and leave the rest at its initial values; the log lists it.
+    allow_partial_checkpoint=False,
     # Iterations; the factories in schedule.py count an epoch of COCO as 7,500 of them.
     max_iter=90000,
     # Seed of everything random: weights, order of the images, augmentation, noise. -1: random.

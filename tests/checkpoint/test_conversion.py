@@ -1,139 +1,223 @@
-"""Published key layouts -> ours, by lists of keys and shapes.
-
-The lists were taken from detrex's models (commit e244e6c), built from their own configs.
-"""
+"""Tables of keys, read and written."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 import torch
-from detectron2.config import LazyConfig, instantiate
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule, convert_keys, detrex
-from efficient_detr.checkpoint.conversion import rename_keys
-
-MANIFESTS = Path(__file__).parent / "manifests"
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-layouts = pytest.mark.parametrize(
-    ("manifest", "config"),
-    [
-        ("detrex_dino_r50_4scale", "dino.py"),
-        ("detrex_focus_detr_r50_4scale", "focus_detr.py"),
-    ],
+from efficient_detr.checkpoint.conversion import (
+    Copy,
+    Drop,
+    Packed,
+    Rename,
+    Row,
+    below,
+    convert_keys,
+    matches_template,
+    read_keys,
+    write_keys,
 )
 
 
-def published_state(manifest: str) -> dict[str, Tensor]:
-    """A state dict without storage."""
-    shapes: dict[str, list[int]] = json.loads((MANIFESTS / f"{manifest}.json").read_text())
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+def state_of(*keys: str, shape: tuple[int, ...] = (2, 3)) -> dict[str, Tensor]:
+    """Random weights, all different."""
+    return {key: torch.rand(shape) for key in keys}
 
 
-@layouts
-def test_published_weights_fill_the_model(manifest: str, config: str) -> None:
-    """Every key finds its place, every parameter and buffer of ours its tensor of equal shape."""
-    converted = convert_keys(published_state(manifest), detrex(decoder_layers=6))
-    with torch.device("meta"):
-        model = instantiate(LazyConfig.load(str(CONFIGS / config)).model)
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == ours
-    assert model.load_state_dict(converted, strict=True, assign=True).missing_keys == []
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
-@layouts
-def test_duplicates_are_dropped(manifest: str, config: str) -> None:
-    """The decoder's heads are stored twice; Focus-DETR stores its class head 13 times more.
-
-    Seven heads: a linear layer (2 tensors) and a perceptron of three (6 tensors). Focus-DETR's six
-    encoder layers share one class head (2 tensors), under two names.
-    """
-    state = published_state(manifest)
-    converted = convert_keys(state, detrex(decoder_layers=6))
-    expected = 7 * (2 + 6) + (2 * 6 * 2 if "focus" in manifest else 0)
-    assert len(state) - len(converted) == expected
-
-
-def test_tensors_are_handed_on_as_they_are() -> None:
-    tensor = torch.randn(256)
-    converted = convert_keys({"transformer.enc_output.bias": tensor}, detrex(6))
-    assert converted == {"detector.proposals.projection.bias": tensor}
-
-
-def test_the_head_after_the_last_layer_is_that_of_the_proposals() -> None:
-    state = {f"class_embed.{i}.bias": torch.zeros(1) for i in range(4)}
-    assert list(convert_keys(state, detrex(decoder_layers=3))) == [
-        "detector.decoder.heads.0.class_layer.bias",
-        "detector.decoder.heads.1.class_layer.bias",
-        "detector.decoder.heads.2.class_layer.bias",
-        "detector.proposals.head.class_layer.bias",
-    ]
+# Templates ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("template", "key", "expected"),
     [
-        "model.backbone.stem.conv1.weight",  # a prefix in front
-        "transformer.encoder.layers.0.attentions.2.value_proj.weight",
-        "criterion.empty_weight",
-        "",
+        ("a.{layer}.b", "a.12.b", True),
+        ("a.{layer}.b", "a.x.b", False),
+        ("a.{layer}.b", "a.1.b.c", False),
+        ("a.{layer}.b", "outer.a.1.b", False),
+        ("a.{layer}.*", "a.1.b.c", True),
+        ("a.{layer}.*", "a.1.", False),  # nothing is no rest
+        ("a.{layer}.b{part}.*", "a.1.b2.c", True),
+        ("a.{layer}.b.{layer}", "a.3.b.3", True),
+        ("a.{layer}.b.{layer}", "a.3.b.4", False),
+        ("a.b", "axb", False),  # dots are dots
     ],
 )
+def test_templates(template: str, key: str, expected: bool) -> None:
+    assert matches_template(template, key) is expected
+
+
+# Renaming ----------------------------------------------------------------------------------------
+
+BLOCKS: list[Row] = [
+    Rename("stage{stage}.{block}.norm.*", "stages.{stage}.blocks.{block}.norm.*"),
+    Rename("stage{stage}.{block}.weight", "stages.{stage}.blocks.{block}.matrix"),
+]
+
+
+def test_numbers_and_the_rest_of_a_key_are_kept() -> None:
+    state = state_of("stage3.11.norm.bias", "stage0.2.weight")
+    converted = convert_keys(state, BLOCKS)
+    assert converted["stages.3.blocks.11.norm.bias"] is state["stage3.11.norm.bias"]
+    assert converted["stages.0.blocks.2.matrix"] is state["stage0.2.weight"]
+    assert same(write_keys(converted, BLOCKS), state)
+
+
+@pytest.mark.parametrize("key", ["stage1.2.bias", "model.stage1.2.weight", "epoch", ""])
 def test_unknown_keys_are_named(key: str) -> None:
-    with pytest.raises(KeyError, match="no rule for checkpoint key " + key) as caught:
-        convert_keys({key: torch.zeros(1)}, detrex(6))
-    assert "is this the right format?" in str(caught.value)
+    state = state_of("stage1.2.weight", key)
+    assert read_keys(state, BLOCKS).unknown == [key]
+    with pytest.raises(KeyError, match=f"no rule for checkpoint key {key}: is this the right"):
+        convert_keys(state, BLOCKS)
 
 
-def test_the_first_rule_that_matches_decides() -> None:
-    rules = [KeyRule(r"a\.b\.", "first."), KeyRule(r"a\.", "second."), KeyRule(r"c\.", None)]
-    state = {name: torch.zeros(1) for name in ("a.b.x", "a.c.x", "c.x")}
-    assert list(convert_keys(state, rules)) == ["first.x", "second.c.x"]
+def test_a_name_without_a_place_is_named() -> None:
+    with pytest.raises(KeyError, match=r"the layout has no place for stages\.0\.bias"):
+        write_keys(state_of("stages.0.bias"), BLOCKS)
 
 
-def test_patterns_are_anchored_at_the_start() -> None:
-    state = {"inner.a.x": torch.zeros(1)}
-    with pytest.raises(KeyError, match="no rule for checkpoint key inner.a.x"):
-        convert_keys(state, [KeyRule(r"a\.", "b.")])
-    # Only the start is replaced, even where the pattern occurs again.
-    assert list(convert_keys({"a.a.x": torch.zeros(1)}, [KeyRule(r"a\.", "b.")])) == ["b.a.x"]
+def test_the_first_row_that_matches_decides() -> None:
+    rows: list[Row] = [Rename("a.b.*", "first.*"), Rename("a.*", "second.*"), Drop("*", "rest")]
+    found = read_keys(state_of("a.b.x", "a.c.x", "c.x"), rows)
+    assert found.sources == {"first.x": ("a.b.x",), "second.c.x": ("a.c.x",)}
+    assert found.dropped == {"c.x": "rest"}
+
+
+def test_names_of_the_model_decide_between_rows() -> None:
+    """One key can stand for different parts; without a model the first row has it."""
+    rows: list[Row] = [Drop("table", "computed"), Rename("table", "relative"), Rename("*", "own.*")]
+    for known, name in (
+        ((), None),
+        (("relative",), "relative"),
+        (("own.table",), "own.table"),
+        (("own.table", "relative"), "relative"),
+    ):
+        found = read_keys(state_of("table"), rows, known)
+        assert list(found.state) == ([name] if name else [])
+        assert found.dropped == ({} if name else {"table": "computed"})
 
 
 def test_two_keys_of_one_name() -> None:
-    rules = [KeyRule(r"[ab]\.", "c.")]
+    rows: list[Row] = [Rename("a.*", "c.*"), Rename("b.*", "c.*")]
     with pytest.raises(KeyError, match=r"checkpoint key b\.x and another both become c\.x"):
-        convert_keys({"a.x": torch.zeros(1), "b.x": torch.zeros(1)}, rules)
+        convert_keys(state_of("a.x", "b.x"), rows)
 
 
-def test_dropped_keys_have_reasons() -> None:
-    rules = [KeyRule("a", None, "constants"), KeyRule("b", None), KeyRule("", "ours.")]
-    renamed = rename_keys({key: torch.zeros(1) for key in ("a.x", "b", "c")}, rules)
-    assert renamed.dropped == {"a.x": "constants", "b": "copies of other weights"}
-    assert renamed.names == {"ours.c": "c"}
+def test_pointwise_convolutions_are_linear_layers() -> None:
+    rows: list[Row] = [Rename("conv.*", "linear.*", pointwise=True)]
+    state = state_of("conv.weight", shape=(4, 3, 1, 1)) | state_of("conv.bias", shape=(4,))
+    converted = convert_keys(state, rows)
+    assert torch.equal(converted["linear.weight"], state["conv.weight"].flatten(1))
+    assert converted["linear.bias"] is state["conv.bias"]
+    assert same(write_keys(converted, rows), state)
 
 
-def test_names_of_the_model_decide_between_rules() -> None:
-    """One key can stand for different parts; without a model the first rule has it."""
-    rules = [KeyRule(r"table$", "relative"), KeyRule(r"table$", "fixed")]
-    for known, name in (
-        ((), "relative"),
-        (("fixed",), "fixed"),
-        (("relative", "fixed"), "relative"),
-    ):
-        assert rename_keys({"table": torch.zeros(1)}, rules, known).names == {name: "table"}
+# Packing -----------------------------------------------------------------------------------------
+
+ATTENTION: list[Row] = [
+    Packed(tuple(f"{{layer}}.{name}.weight" for name in "qkv"), "layers.{layer}.packed"),
+    Rename("{layer}.out.*", "layers.{layer}.output.*"),
+]
 
 
-def test_rules_below_a_module() -> None:
-    outer = r"stages\.(\d+)\.attns\.(\d+)\.", r"stages.\1.blocks.\2.attention."
-    rules = [
-        KeyRule(r"(?:proj_)?qkv\.", "projection.").below(*outer),
-        KeyRule("index", None, "constants").below(*outer),
+def test_parts_are_stacked_in_the_order_of_the_row() -> None:
+    state = state_of("5.v.weight", "5.q.weight", "0.k.weight", "5.k.weight", "5.out.weight")
+    state |= state_of("0.q.weight", "0.v.weight")
+    found = read_keys(state, ATTENTION)
+    expected = torch.cat([state[f"5.{name}.weight"] for name in "qkv"])
+    assert torch.equal(found.state["layers.5.packed"], expected)
+    assert found.sources["layers.0.packed"] == ("0.q.weight", "0.k.weight", "0.v.weight")
+    assert same(write_keys(found.state, ATTENTION), state)
+
+
+def test_missing_parts_are_named() -> None:
+    state = state_of("1.q.weight", "1.v.weight")
+    found = read_keys(state, ATTENTION)
+    assert found.incomplete == {"layers.1.packed": ["1.k.weight"]} and found.state == {}
+    with pytest.raises(KeyError, match=r"has no 1\.k\.weight, a part of layers\.1\.packed"):
+        convert_keys(state, ATTENTION)
+
+
+def test_a_part_beside_the_whole() -> None:
+    rows: list[Row] = [*ATTENTION, Rename("{layer}.packed", "layers.{layer}.packed")]
+    with pytest.raises(KeyError, match=r"1\.q\.weight and another both become layers\.1\.packed"):
+        convert_keys(state_of("1.packed", *(f"1.{name}.weight" for name in "qkv")), rows)
+
+
+# Copies and constants ----------------------------------------------------------------------------
+
+HEADS: list[Row] = [
+    Rename("heads.0.*", "head.*"),
+    Copy("heads.1.*", "head.*"),
+    Copy("decoder.heads.{number}.*", "head.*"),
+]
+
+
+def test_copies_are_not_read_but_compared() -> None:
+    weight = torch.rand(2, 2)
+    state = {f"heads.{number}.weight": weight.clone() for number in (0, 1)}
+    found = read_keys(state, HEADS)
+    assert found.state["head.weight"] is state["heads.0.weight"] and found.different == []
+    assert found.dropped == {"heads.1.weight": "copies of other weights"}
+    state["heads.1.weight"] += 1e-6
+    assert read_keys(state, HEADS).different == ["heads.1.weight"]
+
+
+def test_without_values_only_shapes_of_copies_are_compared() -> None:
+    state = {key: torch.empty(2, 2, device="meta") for key in ("heads.0.weight", "heads.1.weight")}
+    assert read_keys(state, HEADS).different == []
+    state["heads.1.weight"] = torch.empty(3, 2, device="meta")
+    assert read_keys(state, HEADS).different == ["heads.1.weight"]
+
+
+def test_copies_are_written() -> None:
+    head = state_of("head.weight", "head.bias")
+    written = write_keys(head, HEADS[:2])
+    assert written == {
+        f"heads.{number}.{kind}": head[f"head.{kind}"]
+        for number in (0, 1)
+        for kind in ("weight", "bias")
+    }
+
+
+def test_constants_are_dropped_and_written_again() -> None:
+    def ones(shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        return torch.ones(shapes["classes.bias"])
+
+    rows: list[Row] = [
+        Rename("classes.*", "head.*"),
+        Drop("loss.weight", "a constant", ones),
+        Drop("counter", "counts"),
     ]
-    keys = ("stages.2.attns.11.qkv.bias", "stages.2.attns.3.index")
-    renamed = rename_keys({key: torch.zeros(1) for key in keys}, rules)
-    assert renamed.names == {"stages.2.blocks.11.attention.projection.bias": keys[0]}
-    assert renamed.dropped == {keys[1]: "constants"}
+    state = state_of("classes.bias", shape=(7,)) | {"loss.weight": torch.ones(7)}
+    found = read_keys(state | {"counter": torch.tensor(3)}, rows)
+    assert found.dropped == {"loss.weight": "a constant", "counter": "counts"}
+    assert same(write_keys(found.state, rows), state)
+
+
+# Modules inside others ---------------------------------------------------------------------------
+
+
+def test_rows_below_a_module() -> None:
+    inner: list[Row] = [
+        Packed(("q.*", "k.*"), "projection.*"),
+        Rename("out{part}.*", "output.{part}.*"),
+        Copy("again.*", "output.0.*"),
+        Drop("index", "computed"),
+    ]
+    rows = below(inner, "stages.{stage}.attention.", "blocks.{stage}.")
+    names = ("q.bias", "k.bias", "out0.bias", "index")
+    state = state_of(*(f"stages.2.attention.{name}" for name in names))
+    found = read_keys(state, rows)
+    assert set(found.state) == {"blocks.2.projection.bias", "blocks.2.output.0.bias"}
+    assert found.dropped == {"stages.2.attention.index": "computed"}
+    written = write_keys(found.state, rows)
+    assert set(written) == set(state) - set(found.dropped) | {"stages.2.attention.again.bias"}

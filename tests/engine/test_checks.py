@@ -242,7 +242,13 @@ def test_a_missing_checkpoint(config_file: str) -> None:
 
 
 def test_an_address_is_not_looked_for_on_the_disk(config_file: str) -> None:
-    check_config(load_config(config_file, ["train.init_checkpoint='detectron2://a/b.pkl'"]))
+    for address in ("detectron2://a/b.pkl", "https://a/b-0123abcd.pth#sha256=0123abcd"):
+        check_config(load_config(config_file, [f"train.init_checkpoint='{address}'"]))
+
+
+def test_an_address_without_a_meaning(config_file: str) -> None:
+    text = sentence(config_file, "train.init_checkpoint='https://a/b.pth#md5=0123abcd'")
+    assert "only #sha256=" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from omegaconf import OmegaConf
 from efficient_detr.data.datasets import detection_dataset
 from efficient_detr.data.loader import build_train_loader
 from efficient_detr.data.mapper import DetrDatasetMapper
-from tests.engine.tiny import TinyDetector
+from tests.engine.tiny import TinyDetector, tiny_resnet
 from tests.tiny_models import PatchBackbone, tiny_config
 
 model = {model}
@@ -87,6 +90,24 @@ TINY_DETECTOR = "L(TinyDetector)(num_classes=3)"
 FOCUS_DETR = (
     'tiny_config("focus_detr", num_classes=3, backbone=L(PatchBackbone)(widths=[8, 12, 16]))'
 )
+
+
+def tiny_resnet() -> Any:
+    """The LazyConfig of a ResNet whose maps are those of `PatchBackbone`."""
+    widths = [4, 8, 12, 16]
+    stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=1,
+            stride_per_block=[stride],
+            in_channels=before,
+            out_channels=after,
+            norm="FrozenBN",
+        )
+        for stride, before, after in zip([1, 2, 2, 2], [4, *widths[:-1]], widths, strict=True)
+    ]
+    stem = L(BasicStem)(in_channels=3, out_channels=4, norm="FrozenBN")
+    return L(ResNet)(stem=stem, stages=stages, out_features=["res3", "res4", "res5"])
 
 
 class TinyDetector(nn.Module):

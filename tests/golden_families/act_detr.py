@@ -9,7 +9,6 @@ import torch
 from detectron2.config import LazyCall as L
 from torch import Tensor
 
-from efficient_detr.checkpoint import official
 from efficient_detr.losses.distillation import (
     BoxDistillationLoss,
     MeanSquaredError,
@@ -23,7 +22,7 @@ from efficient_detr.structures import DecoderOutput
 from tests.golden_families.act_attention import hash_cells
 from tests.golden_families.detr import build_model, detr_arguments
 from tests.golden_families.fixture import Comparison, Fixture, Reader
-from tests.golden_families.models import builder
+from tests.golden_families.models import builder, key_table
 from tests.golden_families.training import (
     LOSSES,
     compare_gradient_norms,
@@ -144,8 +143,9 @@ def compare_student(comparison: Comparison, run: Run, expected: dict[str, Any]) 
     losses = run.model.losses[0](run.output, comparison.fixture.targets)
     compare_losses(run.model, losses, expected)
     total(losses).backward()
-    compare_gradient_norms(run.model, expected["grad_norm"], official.detr())
-    compare_gradients(run.model, comparison, "act_only/grad/", official.detr())
+    table = key_table(comparison.fixture.weights())
+    compare_gradient_norms(run.model, expected["grad_norm"], table)
+    compare_gradients(run.model, comparison, "act_only/grad/", table)
 
 
 def compare_distillation(
@@ -161,9 +161,9 @@ def compare_distillation(
         loss = BoxDistillationLoss(distance=DISTANCES[name]())(output, fixture.targets)
         assert loss["loss_box_distillation"].item() == pytest.approx(value, rel=1e-3)
     total(losses).backward()
-    norms = expected["grad_norm_Lpred_plus_mse_mean"]
-    compare_gradient_norms(model, norms, official.detr())
-    compare_gradients(model, comparison, "mtkd/grad/", official.detr())
+    norms, table = expected["grad_norm_Lpred_plus_mse_mean"], key_table(fixture.weights())
+    compare_gradient_norms(model, norms, table)
+    compare_gradients(model, comparison, "mtkd/grad/", table)
 
 
 def compare_dense(comparison: Comparison, model: EfficientDETR) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_detr.checkpoint.backbones import ConvertedState, convert_backbone
-from efficient_detr.checkpoint.conversion import rename_keys
+from efficient_detr.checkpoint.conversion import read_keys
 from efficient_detr.checkpoint.dat import dat_backbone
 from efficient_detr.modeling.backbones.dat import DAT, FEATURES, DATBlock, DATStage
 from efficient_detr.modeling.backbones.dat_stems import (
@@ -208,7 +208,10 @@ def compare_tables(
 ) -> None:
     """Tables of positions whose size differs from that of the weights; there are no others."""
     tables = comparison.fixture.group(prefix)
-    names = rename_keys(tables, dat_backbone(weights)).names
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    read = read_keys(tables, dat_backbone(shapes))
+    assert not read.unknown
+    names = {name: key for name, (key,) in read.sources.items()}
     for name, key in names.items():
         comparison.close(
             prefix + key,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efficient_detr.checkpoint.conversion import rename_keys
-from efficient_detr.checkpoint.dat import dat_attention
+from efficient_detr.checkpoint.conversion import read_keys
+from efficient_detr.checkpoint.dat import DEFORMABLE_ATTENTION
 from efficient_detr.modeling.backbones.deformable_attention import DeformableMapAttention
 from efficient_detr.modeling.backbones.deformed_keys import (
     BoundedOffsets,
@@ -244,18 +244,16 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], part: str = "
 
     Convolutions of 1x1 cells become linear layers.
     """
-    state = module.state_dict()
-    names = our_names(weights, [part + name for name in state])
-    renamed = {name.removeprefix(part): weights[key] for name, key in names.items()}
-    for name in renamed.keys() & state.keys():
-        if renamed[name].shape == (*state[name].shape, 1, 1):
-            renamed[name] = renamed[name].flatten(1)
-    module.load_state_dict(renamed)
+    read = read_keys(weights, DEFORMABLE_ATTENTION, [part + name for name in module.state_dict()])
+    assert not read.unknown
+    module.load_state_dict({name.removeprefix(part): read.state[name] for name in read.state})
 
 
 def our_names(weights: Mapping[str, Tensor], known: Iterable[str]) -> dict[str, str]:
     """our name -> official key, both relative to the attention, whose names are `known`."""
-    return rename_keys(weights, dat_attention(), list(known)).names
+    read = read_keys(weights, DEFORMABLE_ATTENTION, list(known))
+    assert not read.unknown
+    return {name: key for name, (key,) in read.sources.items()}
 
 
 def compare_places(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule, official
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.structures import Queries, gather_tokens
 from tests.golden_families.detr import backbone_maps
@@ -32,14 +31,6 @@ def deformable_arguments(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def key_rules(fixture: Fixture) -> list[KeyRule]:
-    config = fixture.config
-    sizes = dict(num_maps=len(config["backbone_channels"]), num_levels=config["num_feature_levels"])
-    if config["with_box_refine"]:
-        return official.deformable_detr_refine(**sizes, decoder_layers=config["dec_layers"])
-    return official.deformable_detr(**sizes)
-
-
 def deformable_detr_config(fixture: Fixture) -> Any:
     config = fixture.config
     name = "deformable_detr"
@@ -50,9 +41,7 @@ def deformable_detr_config(fixture: Fixture) -> Any:
 
 def build_deformable_detr(fixture: Fixture) -> EfficientDETR:
     config = deformable_detr_config(fixture)
-    return build(
-        config, backbone_maps(fixture), fixture.weights(), key_rules(fixture), fixture.info
-    )
+    return build(config, backbone_maps(fixture), fixture.weights(), fixture.info)
 
 
 class DeformableRun(Run):
@@ -139,5 +128,5 @@ def compare(comparison: Comparison) -> None:
     run = DeformableRun.start(model, fixture, spies(model))
     comparison.read(run.deformable_stages() | run.proposals())
     compare_predictions(run, comparison)
-    compare_training(run, comparison, key_rules(fixture))
+    compare_training(run, comparison)
     compare_evaluation(build_deformable_detr(fixture), comparison, ordered=False)

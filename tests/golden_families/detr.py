@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from efficient_detr.checkpoint import official
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families.fixture import Comparison, Fixture
 from tests.golden_families.models import build, builder, last_stages, transformer_arguments
@@ -34,7 +33,7 @@ def build_detr(fixture: Fixture) -> EfficientDETR:
 
 def build_model(config: Any, fixture: Fixture) -> EfficientDETR:
     """The model of a config with official DETR weights."""
-    return build(config, backbone_maps(fixture), fixture.weights(), official.detr(), fixture.info)
+    return build(config, backbone_maps(fixture), fixture.weights(), fixture.info)
 
 
 def backbone_maps(fixture: Fixture) -> dict[str, Tensor]:
@@ -50,5 +49,5 @@ def compare(comparison: Comparison) -> None:
     run = Run.start(build_detr(fixture).train(), fixture)
     comparison.read(run.stages())
     compare_predictions(run, comparison)
-    compare_training(run, comparison, official.detr())
+    compare_training(run, comparison)
     compare_evaluation(build_detr(fixture), comparison, ordered=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_detr.checkpoint import detrex
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.structures import FeatureTokens, Queries, Targets, gather_tokens
 from tests.golden_families.fixture import Comparison, Fixture, rows_of
@@ -74,8 +73,7 @@ def build_model(fixture: Fixture) -> EfficientDETR:
     denoising = config.detector.denoising
     denoising.label_noise_ratio = fixture.config["label_noise_ratio"]
     denoising.box_noise_scale = fixture.config["box_noise_scale"]
-    rules = detrex(fixture.config["dec_layers"])
-    return build(config, fixture.group("in/"), fixture.group("w/"), rules)
+    return build(config, fixture.group("in/"), fixture.group("w/"))
 
 
 # Runs --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_detr.checkpoint import convert_keys, detrex
+from efficient_detr.checkpoint import convert_keys
 from efficient_detr.losses import SideDistanceForeground
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.queries.denoising import DenoisingNoise
@@ -22,6 +22,7 @@ from tests.golden_families.dino import (
     image_sizes,
 )
 from tests.golden_families.fixture import Comparison, Fixture
+from tests.golden_families.models import key_table
 from tests.tiny_models import total
 
 # Relative tolerances, as the fixtures suggest them.
@@ -162,9 +163,9 @@ def compare_losses(losses: dict[str, Tensor], info: dict[str, Any]) -> None:
 
 def compare_gradients(model: EfficientDETR, comparison: Comparison) -> None:
     info = comparison.fixture.info
-    rules = detrex(info["config"]["dec_layers"])
+    table = key_table(comparison.fixture.group("w/"))
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    expected_norms = convert_keys(info["grad_norm"], rules)
+    expected_norms = convert_keys(info["grad_norm"], table)
     assert gradients.keys() == expected_norms.keys()
     for name, expected in expected_norms.items():
         gradient = gradients[name]
@@ -175,7 +176,7 @@ def compare_gradients(model: EfficientDETR, comparison: Comparison) -> None:
             norm = gradient.norm().item()
             assert norm == pytest.approx(expected, rel=gradient_tolerance(name)), name
     for name, (key,) in comparison.matches(r"train/grad/(.*)"):
-        ((ours, expected),) = convert_keys({key: comparison.expect(name)}, rules).items()
+        ((ours, expected),) = convert_keys({key: comparison.expect(name)}, table).items()
         atol = gradient_tolerance(ours) * expected.abs().max().item()
         torch.testing.assert_close(gradients[ours], expected, atol=atol, rtol=0)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from torch import Tensor, nn
 
-from efficient_detr.checkpoint import KeyRule, convert_keys
+from efficient_detr.checkpoint import convert_keys
+from efficient_detr.checkpoint.conversion import Row
+from efficient_detr.checkpoint.formats import recognize_format
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.layers import FeedForward
 
@@ -62,7 +64,6 @@ def build(
     config: Any,
     features: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
-    rules: Sequence[KeyRule],
     settings: Mapping[str, Any] | None = None,
 ) -> EfficientDETR:
     """A model in evaluation mode that starts at stored backbone maps.
@@ -71,15 +72,22 @@ def build(
         config: the model's LazyConfig.
         features: the backbone's maps.
         state: the weights, under their official keys; all of the model's, and no others.
-        rules: official keys -> ours.
         settings: the fixture's JSON; weights of losses in it take the place of the config's.
     """
     model: EfficientDETR = instantiate(config)
     use_loss_settings(model, settings or {})
     use_activation(model, settings or {})
     model.detector.backbone = StoredBackbone(features)
-    model.load_state_dict(convert_keys(state, rules), strict=True)
+    model.load_state_dict(convert_keys(state, key_table(state)), strict=True)
     return model.eval()
+
+
+def key_table(weights: Mapping[str, Tensor]) -> list[Row]:
+    """The table that converts official weights, by the format that their keys have."""
+    found = recognize_format(weights.keys())
+    if found is None:
+        raise ValueError(f"weights of a golden fixture in an unknown format: {[*weights][:3]}")
+    return found.read_table({key: tuple(tensor.shape) for key, tensor in weights.items()})
 
 
 def use_loss_settings(model: EfficientDETR, info: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_detr.checkpoint import smca as layouts
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention import DenseEncoderAttention
 from efficient_detr.modeling.attention.gaussian_scale import (
@@ -159,9 +158,8 @@ def single_config(fixture: Fixture) -> Any:
 
 
 def build_single(fixture: Fixture) -> EfficientDETR:
-    rules = layouts.smca()
     config, maps = single_config(fixture), backbone_maps(fixture)
-    return build(config, maps, fixture.weights(), rules, fixture.info)
+    return build(config, maps, fixture.weights(), fixture.info)
 
 
 def compare_single(comparison: Comparison) -> None:
@@ -169,7 +167,7 @@ def compare_single(comparison: Comparison) -> None:
     run = ModulatedRun.start(build_single(fixture).train(), fixture)
     comparison.read(run.modulation())
     compare_predictions(run, comparison, LOGITS)
-    compare_training(run, comparison, layouts.smca())
+    compare_training(run, comparison)
     compare_evaluation(build_single(fixture), comparison, ordered=False, logits=LOGITS)
 
 
@@ -199,9 +197,8 @@ def multi_scale_config(fixture: Fixture) -> Any:
 
 
 def build_multi_scale(fixture: Fixture) -> EfficientDETR:
-    rules = layouts.smca_multi_scale()
     config, maps = multi_scale_config(fixture), backbone_maps(fixture)
-    return build(config, maps, fixture.weights(), rules, fixture.info)
+    return build(config, maps, fixture.weights(), fixture.info)
 
 
 def multi_scale_readers(run: ModulatedRun) -> dict[str, Reader]:
@@ -221,7 +218,7 @@ def compare_multi_scale(comparison: Comparison) -> None:
     run = ModulatedRun.start(build_multi_scale(fixture).train(), fixture)
     comparison.read(multi_scale_readers(run))
     compare_predictions(run, comparison, LOGITS)
-    compare_training(run, comparison, layouts.smca_multi_scale())
+    compare_training(run, comparison)
     model = build_multi_scale(fixture)
     compare_evaluation(model, comparison, ordered=False, logits=LOGITS)
 
@@ -257,7 +254,7 @@ def build_conv(fixture: Fixture) -> EfficientDETR:
     )
     # The published code keeps the best 500, which may be more than there are queries.
     model.postprocessor.num_detections = 500
-    return build(model, backbone_maps(fixture), weights, layouts.smca_conv(), fixture.info)
+    return build(model, backbone_maps(fixture), weights, fixture.info)
 
 
 def share_level_weights(model: EfficientDETR) -> EfficientDETR:
@@ -284,14 +281,14 @@ class SharedWeightsRun(ModulatedRun):
 
 def compare_conv(comparison: Comparison) -> None:
     """Compare with the official numbers, faulty as they are, then with the right ones."""
-    fixture, rules = comparison.fixture, layouts.smca_conv()
+    fixture = comparison.fixture
     model = share_level_weights(build_conv(fixture).train())
     run = SharedWeightsRun.start(model, fixture)
     strides = sorted(numbers(name)[0] for name in fixture.config["distance_factor"])
     levels = run.levels({stride: level for level, stride in enumerate(strides)})
     comparison.read(run.modulation() | levels)
     compare_predictions(run, comparison, LOGITS)
-    compare_training(run, comparison, rules)
+    compare_training(run, comparison)
     model = share_level_weights(build_conv(fixture))
     compare_evaluation(model, comparison, ordered=False, logits=LOGITS)
     compare_images_alone(comparison)

@@ -10,8 +10,9 @@ import torch
 from detectron2.config import instantiate
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule, convert_keys
+from efficient_detr.checkpoint import convert_keys
 from efficient_detr.checkpoint import smca as layouts
+from efficient_detr.checkpoint.conversion import Row
 from efficient_detr.structures import FeatureTokens
 from tests.golden_families.fixture import Comparison, Fixture
 from tests.golden_families.models import builder
@@ -21,9 +22,9 @@ from tests.golden_families.smca import LOGITS, SCALES, shares_convolutions
 STRIDE = 32
 
 
-def our_state(weights: Mapping[str, Tensor], rules: list[KeyRule], part: str) -> dict[str, Tensor]:
+def our_state(weights: Mapping[str, Tensor], table: list[Row], part: str) -> dict[str, Tensor]:
     """Weights of a part of a model under our keys, without that of the part."""
-    return {key.removeprefix(part): tensor for key, tensor in convert_keys(weights, rules).items()}
+    return {key.removeprefix(part): tensor for key, tensor in convert_keys(weights, table).items()}
 
 
 def compare_conv_encoder(comparison: Comparison) -> None:

@@ -11,7 +11,6 @@ import torch
 from detectron2.config import LazyCall as L
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule, official
 from efficient_detr.losses.token_attention import attended_tokens, kept_attention
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.modeling.attention.token_attention import token_attention_map
@@ -34,16 +33,6 @@ from tests.golden_families.transformer import (
 )
 
 
-def key_rules(fixture: Fixture) -> list[KeyRule]:
-    config = fixture.config
-    return official.sparse_detr(
-        num_maps=len(config["backbone_channels"]),
-        num_levels=config["num_feature_levels"],
-        encoder_layers=config["enc_layers"],
-        decoder_layers=config["dec_layers"],
-    )
-
-
 def sparse_detr_config(fixture: Fixture) -> Any:
     config = fixture.config
     arguments = deformable_arguments(config)
@@ -62,9 +51,7 @@ def sparse_detr_config(fixture: Fixture) -> Any:
 
 def build_sparse_detr(fixture: Fixture) -> EfficientDETR:
     config = sparse_detr_config(fixture)
-    return build(
-        config, backbone_maps(fixture), fixture.weights(), key_rules(fixture), fixture.info
-    )
+    return build(config, backbone_maps(fixture), fixture.weights(), fixture.info)
 
 
 class SparseRun(DeformableRun):
@@ -174,5 +161,5 @@ def compare(comparison: Comparison) -> None:
     )
     compare_kept_attention(run, comparison)
     compare_predictions(run, comparison)
-    compare_training(run, comparison, key_rules(fixture))
+    compare_training(run, comparison)
     compare_evaluation(build_sparse_detr(fixture), comparison, ordered=False)

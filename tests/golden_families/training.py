@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efficient_detr.checkpoint import KeyRule, convert_keys
+from efficient_detr.checkpoint import convert_keys
+from efficient_detr.checkpoint.conversion import Row
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families.fixture import Comparison
 
@@ -93,10 +94,10 @@ def compare_matchings(matchings: list[Any], num_layers: int, comparison: Compari
 
 
 def compare_gradient_norms(
-    model: nn.Module, norms: Mapping[str, float | None], rules: Sequence[KeyRule]
+    model: nn.Module, norms: Mapping[str, float | None], table: Sequence[Row]
 ) -> None:
     """Compare the norm of the gradient of every parameter; None stands for no gradient."""
-    expected = convert_keys(norms, rules)
+    expected = convert_keys(norms, table)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert gradients.keys() == expected.keys()
     noise = GRADIENT_NOISE * sum((norm or 0.0) ** 2 for norm in expected.values()) ** 0.5
@@ -111,15 +112,15 @@ def compare_gradient_norms(
 
 
 def compare_gradients(
-    model: nn.Module, comparison: Comparison, group: str, rules: Sequence[KeyRule]
+    model: nn.Module, comparison: Comparison, group: str, table: Sequence[Row]
 ) -> None:
     """Compare the gradients stored as `<group><official key>`, element by element."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, (key,) in comparison.matches(re.escape(group) + "(.*)"):
         expected = comparison.expect(name)
-        # A key whose own rule says "duplicate" has an alias that is converted.
+        # A key that is only a copy has an alias that is converted.
         candidates = comparison.fixture.with_aliases({key: expected})
-        ((ours, expected),) = convert_keys(candidates, rules).items()
+        ((ours, expected),) = convert_keys(candidates, table).items()
         atol = max(GRADIENTS * expected.abs().max().item(), gradient_noise(model))
         torch.testing.assert_close(gradients[ours], expected, atol=atol, rtol=0, msg=name)
 

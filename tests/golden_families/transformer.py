@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule
 from efficient_detr.meta_arch import EfficientDETR
 from efficient_detr.structures import DetectorOutput, FeatureTokens
 from tests.golden_families.fixture import FORWARD, Comparison, Fixture, Reader
+from tests.golden_families.models import key_table
 from tests.golden_families.recorder import Recorder
 from tests.golden_families.training import (
     compare_gradient_norms,
@@ -165,7 +165,7 @@ def compare_detections(run: Run, comparison: Comparison, *, ordered: bool) -> No
         assert same.any(1).all() and same.any(0).all(), f"{name}: other detections"
 
 
-def compare_training(run: Run, comparison: Comparison, rules: Sequence[KeyRule]) -> None:
+def compare_training(run: Run, comparison: Comparison) -> None:
     """Compare matchings, losses and gradients of a run in training mode."""
     expected = comparison.fixture.info["loss"]
     losses = run.model.compute_losses(run.output, comparison.fixture.targets)
@@ -176,5 +176,6 @@ def compare_training(run: Run, comparison: Comparison, rules: Sequence[KeyRule])
     total(losses).backward()
     norms = comparison.fixture.with_aliases(expected["grad_norm"])
     norms |= dict.fromkeys(expected.get("no_grad_params", []))
-    compare_gradient_norms(run.model, norms, rules)
-    compare_gradients(run.model, comparison, "grad/", rules)
+    table = key_table(comparison.fixture.weights())
+    compare_gradient_norms(run.model, norms, table)
+    compare_gradients(run.model, comparison, "grad/", table)

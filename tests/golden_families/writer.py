@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from detectron2.config import instantiate
 from torch import Tensor
 
-from efficient_detr.checkpoint import KeyRule, convert_keys, official
-from efficient_detr.checkpoint import smca as smca_layouts
+from efficient_detr.checkpoint.conversion import write_keys
+from efficient_detr.checkpoint.formats import find_format
 from efficient_detr.meta_arch import EfficientDETR
 from tests.golden_families import deformable_detr, detr, smca, sparse_detr
 from tests.golden_families.fixture import Fixture, Reader
@@ -35,18 +35,18 @@ class Layout:
     """How the fixtures of a family are written.
 
     Attributes:
-        template: a stored fixture of the family, for the names of weights and tensors.
+        template: a stored fixture of the family, for the names of tensors.
+        format: name of the format of the weights.
         config: fixture -> the model's LazyConfig.
         build: fixture -> the model with the fixture's weights.
-        rules: fixture -> table of keys.
         start: model in training mode and fixture -> its run.
         readers: run -> readers of intermediate tensors.
     """
 
     template: str
+    format: str
     config: Callable[[Fixture], Any]
     build: Callable[[Fixture], EfficientDETR]
-    rules: Callable[[Fixture], list[KeyRule]]
     start: Callable[[EfficientDETR, Fixture], Any]
     readers: Callable[[Any], dict[str, Reader]]
 
@@ -73,41 +73,41 @@ def sparse_readers(run: sparse_detr.SparseRun) -> dict[str, Reader]:
 
 DETR = Layout(
     template="detr_tiny",
+    format="detr",
     config=detr.detr_config,
     build=detr.build_detr,
-    rules=lambda fixture: official.detr(),
     start=Run.start,
     readers=lambda run: run.stages(),
 )
 DEFORMABLE = Layout(
     template="deformable_detr_two_stage_tiny",
+    format="deformable_detr",
     config=deformable_detr.deformable_detr_config,
     build=deformable_detr.build_deformable_detr,
-    rules=deformable_detr.key_rules,
     start=start_deformable,
     readers=lambda run: run.deformable_stages() | run.proposals(),
 )
 SPARSE = Layout(
     template="sparse_detr_tiny",
+    format="sparse_detr",
     config=sparse_detr.sparse_detr_config,
     build=sparse_detr.build_sparse_detr,
-    rules=sparse_detr.key_rules,
     start=start_sparse,
     readers=sparse_readers,
 )
 SMCA = Layout(
     template="smca_single_tiny",
+    format="smca",
     config=smca.single_config,
     build=smca.build_single,
-    rules=lambda fixture: smca_layouts.smca(),
     start=smca.ModulatedRun.start,
     readers=lambda run: run.modulation(),
 )
 SMCA_MULTI_SCALE = Layout(
     template="smca_multiscale_paper_tiny",
+    format="smca_multi_scale_transformer",
     config=smca.multi_scale_config,
     build=smca.build_multi_scale,
-    rules=lambda fixture: smca_layouts.smca_multi_scale(),
     start=smca.ModulatedRun.start,
     readers=smca.multi_scale_readers,
 )
@@ -123,21 +123,11 @@ def renumbered(names: Iterable[str], count: int = 6) -> set[str]:
     return found
 
 
-def official_names(
-    ours: Iterable[str], candidates: Iterable[str], rules: Sequence[KeyRule]
-) -> dict[str, str]:
-    """our key -> an official key that becomes it."""
-    names = {}
-    for key in sorted(candidates):
-        try:
-            converted = list(convert_keys({key: torch.zeros(0)}, rules))
-        except KeyError:
-            continue
-        for name in converted:
-            names[name] = key
-    missing = set(ours) - names.keys()
-    assert not missing, f"no official key for {sorted(missing)}"
-    return names
+def stored_keys(state: Mapping[str, Tensor], layout: Layout) -> dict[str, list[str]]:
+    """our key -> the official keys of its tensor, copies last."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    table = find_format(layout.format).write_table(shapes)
+    return {name: [*write_keys({name: tensor}, table)] for name, tensor in state.items()}
 
 
 def with_inputs(
@@ -192,13 +182,14 @@ def write(
     config = layout.config(fixture)
     config.detector.backbone = None
     state = instantiate(config).state_dict()
-    names = official_names(state, weight_names(template), layout.rules(fixture))
+    keys = stored_keys(state, layout)
     if recipe:
-        names = write_recipe(fixture, state, names)
+        names = write_recipe(fixture, state, keys)
     else:
+        names = {name: stored for name, (stored, *_) in keys.items()}
         for name, tensor in state.items():
             noisy = tensor + 0.1 * torch.randn_like(tensor)
-            fixture.tensors[f"weights/{names[name]}"] = noisy
+            fixture.tensors.update({f"weights/{key}": noisy for key in keys[name]})
     run = layout.start(layout.build(fixture).train(), fixture)
     fixture.info["loss"] = training_numbers(run, fixture, names)
     stages = {name for name in template["tensors"] if not name.startswith("weights/")}
@@ -207,29 +198,15 @@ def write(
     return fixture
 
 
-def weight_names(template: dict[str, Any]) -> set[str]:
-    """Official keys that a model of the template's family may have, and many more."""
-    known = {name.removeprefix("weights/") for name in template["tensors"]}
-    known |= template.get("weight_aliases", {}).keys()
-    # Of options that the template does not have.
-    known |= {"query_embed.weight"}
-    for kind in ("weight", "bias"):
-        known |= {f"transformer.reference_points.{kind}", f"transformer.encoder.norm.{kind}"}
-    return renumbered(known)
-
-
 def write_recipe(
-    fixture: Fixture, state: dict[str, Tensor], names: dict[str, str]
+    fixture: Fixture, state: dict[str, Tensor], keys: dict[str, list[str]]
 ) -> dict[str, str]:
-    """Seeds for all weights; heads are named below the decoder and have aliases.
+    """Seeds for all weights, under the last of their keys; the others are aliases.
 
     Returns:
         our key -> the official key that is not an alias.
     """
-    stored = {
-        name: re.sub(r"^(class|bbox)_embed", r"transformer.decoder.\1_embed", key)
-        for name, key in names.items()
-    }
+    stored = {name: names[-1] for name, names in keys.items()}
     fixture.info["weights"] = "recipe"
     fixture.info["weight_recipe"] = {
         "params": {
@@ -243,7 +220,7 @@ def write_recipe(
         }
     }
     fixture.info["weight_aliases"] = {
-        key: stored[name] for name, key in names.items() if key != stored[name]
+        alias: stored[name] for name, names in keys.items() for alias in names[:-1]
     }
     return stored
 

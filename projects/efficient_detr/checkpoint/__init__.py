@@ -1,6 +1,5 @@
-"""Published checkpoint layouts -> ours."""
+"""Checkpoints: reading files, published layouts <-> ours, and what became of every weight."""
 
-from efficient_detr.checkpoint.conversion import KeyRule, convert_keys
-from efficient_detr.checkpoint.formats import detrex
+from efficient_detr.checkpoint.conversion import convert_keys
 
-__all__ = ["KeyRule", "convert_keys", "detrex"]
+__all__ = ["convert_keys"]

@@ -1,101 +1,328 @@
-"""Rename the keys of a state dict by a declarative table."""
+"""Tables of keys, which say how a published layout names, packs and repeats our weights.
+
+A table is a list of rows and works in both directions. Keys are written as templates: `{layer}` (or
+any other name) stands for a number, a `*` at the end for the rest of the key::
+
+    Rename("transformer.encoder.layers.{layer}.norm1.*", "detector.encoder.layers.{layer}.norm.*")
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
+
+_REST = "*"
+_REST_GROUP = "_rest"
 
 
 @dataclass(frozen=True)
-class KeyRule:
-    """One row of a table: where the start of a key matches `pattern`, it becomes `replacement`.
+class Rename:
+    """One weight of theirs is one of ours.
 
     Attributes:
-        pattern: regular expression, anchored at the start of the key.
-        replacement: as for `re.sub`, or None to drop the key.
-        reason: why the key is dropped, for reports.
+        theirs: template of their keys.
+        ours: template of our keys, with the same numbers.
+        pointwise: whether theirs is a 1x1 convolution (C, D, 1, 1) and ours a linear layer (C, D).
     """
 
-    pattern: str
-    replacement: str | None
-    reason: str = "copies of other weights"
+    theirs: str
+    ours: str
+    pointwise: bool = False
 
-    def rename(self, key: str) -> str | None:
-        """Our name of a key that the pattern matches, None to drop it."""
-        if self.replacement is None:
-            return None
-        return re.sub("^" + self.pattern, self.replacement, key)
 
-    def below(self, pattern: str, replacement: str) -> KeyRule:
-        """The rule for a module inside another.
+@dataclass(frozen=True)
+class Packed:
+    """Several weights of theirs, one below the other, are one of ours.
 
-        Args:
-            pattern: of the outer module; if it has groups, this rule must not refer to its own.
-            replacement: our name of the outer module.
-        """
-        inner = None if self.replacement is None else replacement + self.replacement
-        return KeyRule(pattern + self.pattern, inner, self.reason)
+    Attributes:
+        theirs: templates of their keys, in the order of the rows; the parts are of equal height.
+        ours: template of our keys.
+    """
+
+    theirs: tuple[str, ...]
+    ours: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A weight that theirs stores once more: not read, but written.
+
+    Attributes:
+        theirs: template of the further keys.
+        ours: template of our keys.
+    """
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A key of theirs that has no place in our models.
+
+    Attributes:
+        theirs: template of their keys.
+        reason: for reports.
+        values: makes what is written for the key from the shapes of all written weights; None if
+            nothing is written. The template then has no number and no rest.
+    """
+
+    theirs: str
+    reason: str
+    values: Callable[[Mapping[str, tuple[int, ...]]], Tensor] | None = None
+
+
+Row = Rename | Packed | Copy | Drop
 
 
 @dataclass
-class RenamedState:
+class ReadState:
     """A foreign state dict under our names.
 
     Attributes:
-        names: our name -> foreign key.
-        dropped: foreign key -> why it has no place in our model.
+        state: our name -> tensor.
+        sources: our name -> the keys of theirs that it is made of.
+        dropped: foreign key -> why it is not needed.
+        unknown: foreign keys that no row knows.
+        incomplete: our name -> keys of theirs that are missing among those that are packed into it.
+        different: foreign keys that should be copies of others, but differ.
     """
 
-    names: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    incomplete: dict[str, list[str]] = field(default_factory=dict)
+    different: list[str] = field(default_factory=list)
 
 
-def rename_keys(
-    state: Mapping[str, Tensor], rules: Sequence[KeyRule], known: Container[str] = ()
-) -> RenamedState:
+def below(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
+    """The rows of a module inside another.
+
+    Args:
+        rows: with names relative to the module; their numbers have other names than those of the
+            outer module.
+        theirs: template of the outer module in their keys, with the dot at its end.
+        ours: the same in our keys.
+    """
+    return [_below(row, theirs, ours) for row in rows]
+
+
+def _below(row: Row, theirs: str, ours: str) -> Row:
+    if isinstance(row, Packed):
+        return Packed(tuple(theirs + one for one in row.theirs), ours + row.ours)
+    if isinstance(row, Drop):
+        return replace(row, theirs=theirs + row.theirs)
+    return replace(row, theirs=theirs + row.theirs, ours=ours + row.ours)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def read_keys(
+    state: Mapping[str, Any], rows: Sequence[Row], known: Container[str] = ()
+) -> ReadState:
     """Find our names for the keys of a foreign checkpoint.
 
     Args:
         state: foreign key -> tensor.
-        rules: of those whose pattern matches a key the first decides, or the first that gives a
-            `known` name.
+        rows: of those that know a key the first decides; but one that gives a `known` name goes
+            before all that give none, or drop the key, and a copy goes last.
         known: names of the model, for layouts in which one key stands for different parts.
 
+    Returns:
+        what became of every key.
+
     Raises:
-        KeyError: if no rule matches a key, or two keys get one name.
+        KeyError: if two keys get one name.
     """
-    renamed = RenamedState()
-    patterns = [re.compile(rule.pattern) for rule in rules]
+    found = ReadState()
+    parts: dict[str, dict[int, str]] = {}
+    copies: dict[str, str] = {}
+    heights: dict[str, tuple[str, ...]] = {}
     for key in state:
-        pairs = zip(rules, patterns, strict=True)
-        matching = [rule for rule, pattern in pairs if pattern.match(key)]
-        if not matching:
-            raise KeyError(f"no rule for checkpoint key {key}: is this the right format?")
-        names = [rule.rename(key) for rule in matching]
-        if names[0] is None:
-            renamed.dropped[key] = matching[0].reason
+        matches = [match for row in rows for match in _matches(row, key)]
+        if not matches:
+            found.unknown.append(key)
             continue
-        name = next((name for name in names if name is not None and name in known), names[0])
-        if name in renamed.names:
+        row, name, index, siblings = _best(matches, known)
+        if isinstance(row, Drop):
+            found.dropped[key] = row.reason
+        elif isinstance(row, Copy):
+            found.dropped[key] = "copies of other weights"
+            copies[key] = name
+        elif isinstance(row, Packed):
+            heights[name] = siblings
+            parts.setdefault(name, {})[index] = key
+        elif name in found.state:
             raise KeyError(f"checkpoint key {key} and another both become {name}")
-        renamed.names[name] = key
-    return renamed
+        else:
+            found.state[name] = _squeezed(state[key]) if row.pointwise else state[key]
+            found.sources[name] = (key,)
+    _join(found, state, parts, heights)
+    found.different = [
+        key for key, name in copies.items() if _differ(state[key], found.state.get(name))
+    ]
+    return found
 
 
-def convert_keys(state: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> dict[str, Tensor]:
+def convert_keys(state: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """Rename the keys of a foreign checkpoint.
 
     Args:
         state: foreign key -> tensor.
-        rules: the first rule whose pattern matches a key decides.
+        rows: the first that knows a key decides.
 
     Returns:
-        our key -> tensor, the tensors themselves unchanged.
+        our key -> tensor.
 
     Raises:
-        KeyError: if no rule matches a key, or two keys get one name.
+        KeyError: if no row knows a key, two keys get one name, or a part is missing.
     """
-    return {name: state[key] for name, key in rename_keys(state, rules).names.items()}
+    found = read_keys(state, rows)
+    if found.unknown:
+        raise KeyError(f"no rule for checkpoint key {found.unknown[0]}: is this the right format?")
+    for name, keys in found.incomplete.items():
+        raise KeyError(f"the checkpoint has no {keys[0]}, a part of {name}")
+    return found.state
+
+
+_Match = tuple[Row, str, int, tuple[str, ...]]  # row, our name, part and all parts' keys
+
+
+def _matches(row: Row, key: str) -> Iterable[_Match]:
+    theirs = row.theirs if isinstance(row, Packed) else (row.theirs,)
+    for index, template in enumerate(theirs):
+        numbers = _match(template, key)
+        if numbers is not None:
+            ours = "" if isinstance(row, Drop) else _fill(row.ours, numbers)
+            siblings = tuple(_fill(one, numbers) for one in theirs)
+            yield row, ours, index, siblings
+
+
+def _best(matches: Sequence[_Match], known: Container[str]) -> _Match:
+    usable = [match for match in matches if match[1] in known] or matches[:1]
+    return next((match for match in usable if not isinstance(match[0], Copy)), usable[0])
+
+
+def _join(
+    found: ReadState,
+    state: Mapping[str, Any],
+    parts: Mapping[str, Mapping[int, str]],
+    siblings: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Stack what is packed."""
+    for name, keys in parts.items():
+        if name in found.state:
+            raise KeyError(f"checkpoint key {keys[min(keys)]} and another both become {name}")
+        missing = [key for key in siblings[name] if key not in state]
+        if missing:
+            found.incomplete[name] = missing
+            continue
+        found.state[name] = torch.cat([state[key] for key in siblings[name]])
+        found.sources[name] = siblings[name]
+
+
+def _differ(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    if first.device.type == "meta" or second.device.type == "meta":
+        return first.shape != second.shape
+    return not torch.equal(first, second)
+
+
+def _squeezed(tensor: Any) -> Any:
+    """Without the sides of a 1x1 kernel; a larger one stays, and its shape fits nowhere."""
+    pointwise = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[2:] == (1, 1)
+    return tensor[:, :, 0, 0] if pointwise else tensor
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def write_keys(state: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Write our weights under foreign keys, with everything that the foreign model stores twice.
+
+    Args:
+        state: our name -> tensor.
+        rows: of those that know a name the first decides; copies are written besides.
+
+    Returns:
+        foreign key -> tensor; tensors may share memory.
+
+    Raises:
+        KeyError: if no row knows a name.
+    """
+    written: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        made = _write(name, tensor, rows)
+        if made is None:
+            raise KeyError(f"the layout has no place for {name}")
+        written.update(made)
+    shapes = {key: tuple(tensor.shape) for key, tensor in written.items()}
+    for row in rows:
+        if isinstance(row, Drop) and row.values is not None:
+            written[row.theirs] = row.values(shapes)
+    return written
+
+
+def _write(name: str, tensor: Tensor, rows: Sequence[Row]) -> dict[str, Tensor] | None:
+    """Their keys for one of our names, None if there is none."""
+    made: dict[str, Tensor] | None = None
+    copies: dict[str, Tensor] = {}
+    for row in rows:
+        if isinstance(row, Drop):
+            continue
+        numbers = _match(row.ours, name)
+        if numbers is None:
+            continue
+        if isinstance(row, Copy):
+            copies[_fill(row.theirs, numbers)] = tensor
+        elif made is None and isinstance(row, Packed):
+            keys = [_fill(one, numbers) for one in row.theirs]
+            made = dict(zip(keys, tensor.chunk(len(keys)), strict=True))
+        elif made is None and isinstance(row, Rename):
+            whole = tensor[:, :, None, None] if row.pointwise and tensor.dim() == 2 else tensor
+            made = {_fill(row.theirs, numbers): whole}
+    return None if made is None else made | copies
+
+
+# Templates ---------------------------------------------------------------------------------------
+
+
+def matches_template(template: str, key: str) -> bool:
+    """Whether a key is one of those that a template stands for."""
+    return _match(template, key) is not None
+
+
+def _match(template: str, key: str) -> dict[str, str] | None:
+    match = _compiled(template).fullmatch(key)
+    return None if match is None else match.groupdict()
+
+
+@cache
+def _compiled(template: str) -> re.Pattern[str]:
+    ends_open = template.endswith(_REST)
+    pieces = re.split(r"\{(\w+)\}", template.removesuffix(_REST))
+    seen: set[str] = set()
+    pattern = ""
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            pattern += re.escape(piece)
+        elif piece in seen:
+            pattern += f"(?P={piece})"
+        else:
+            seen.add(piece)
+            pattern += rf"(?P<{piece}>\d+)"
+    return re.compile(pattern + (f"(?P<{_REST_GROUP}>.+)" if ends_open else ""))
+
+
+def _fill(template: str, numbers: Mapping[str, str]) -> str:
+    filled = re.sub(r"\{(\w+)\}", lambda found: numbers[found[1]], template.removesuffix(_REST))
+    return filled + numbers[_REST_GROUP] if template.endswith(_REST) else filled

@@ -1,75 +1,74 @@
-"""Tables from published key layouts to ours, one a layout."""
+"""All formats of checkpoints that are known, and finding the one of a file."""
 
 from __future__ import annotations
 
-from efficient_detr.checkpoint.conversion import KeyRule
-from efficient_detr.checkpoint.official import (
-    DECODER_LAYER,
-    ENCODER_LAYER,
-    OUR_DECODER_LAYER,
-    OUR_ENCODER_LAYER,
-    deformable_attention,
-    score_network,
+from collections.abc import Collection, Iterable
+
+from efficient_detr.checkpoint import detrex, hugging_face, official, smca
+from efficient_detr.checkpoint.backbone_layouts import BACKBONE_FORMATS
+from efficient_detr.checkpoint.conversion import Rename, Row, matches_template
+from efficient_detr.checkpoint.layout import CheckpointFormat, Shapes
+from efficient_detr.errors import UserError
+
+_EXAMPLES = 3
+
+
+def _names_stay(_: Shapes) -> list[Row]:
+    return [Rename("*", "*")]
+
+
+OWN_FORMAT = CheckpointFormat(
+    name="efficient_detr",
+    title="names of this project",
+    marks=("detector.decoder.*",),
+    read_table=_names_stay,
+    write_table=_names_stay,
 )
+"""What training writes; its names are those of the model."""
 
 
-def _feedforward(prefix: str, ours: str) -> list[KeyRule]:
-    return [
-        KeyRule(prefix + r"ffns\.0\.layers\.0\.0\.", ours + "feedforward.expand."),
-        KeyRule(prefix + r"ffns\.0\.layers\.1\.", ours + "feedforward.contract."),
-    ]
+FORMATS = (OWN_FORMAT, *official.FORMATS, *detrex.FORMATS, *hugging_face.FORMATS, *smca.FORMATS)
+"""Formats of whole detectors; the first that fits is that of a file."""
 
 
-def detrex(decoder_layers: int) -> list[KeyRule]:
-    """detrex's layout of DINO and Focus-DETR (also that of Huawei's Focus-DETR repository).
+def list_formats() -> list[tuple[str, str]]:
+    """Name and title of every format, those of backbones last."""
+    backbones = [(one.name, one.title) for one in BACKBONE_FORMATS]
+    return [(one.name, one.title) for one in FORMATS] + backbones
 
-    Args:
-        decoder_layers: number of decoder layers; the prediction head after the last of them is the
-            proposal head.
+
+def is_backbone_format(name: str) -> bool:
+    """Whether a name is that of a format of backbones alone."""
+    return any(one.name == name for one in BACKBONE_FORMATS)
+
+
+def find_format(name: str) -> CheckpointFormat:
+    """The format of whole detectors with this name.
+
+    Raises:
+        UserError: if there is none.
     """
-    # Focus-DETR keeps object self-attention as attentions.0 and deformable attention as
-    # attentions.1; DINO has deformable attention as attentions.0.
-    return [
-        KeyRule(r"backbone\.", "detector.backbone."),
-        KeyRule(r"neck\.(convs|extra_convs)\.(\d+)\.conv\.", r"detector.neck.\1.\2."),
-        KeyRule(r"neck\.(convs|extra_convs)\.(\d+)\.norm\.", r"detector.neck.\1.\2.norm."),
-        KeyRule(r"transformer\.level_embeds", "detector.tokenizer.level_embedding"),
-        KeyRule(r"transformer\.alpha", "detector.selection.modulation"),
-        *score_network(),
-        KeyRule(
-            ENCODER_LAYER + r"attentions\.0\.attn\.",
-            OUR_ENCODER_LAYER + "object_attention.attention.",
-        ),
-        KeyRule(ENCODER_LAYER + r"norm2\.", OUR_ENCODER_LAYER + "object_attention.norm."),
-        *deformable_attention(
-            ENCODER_LAYER + r"attentions\.[01]\.", OUR_ENCODER_LAYER + "attention."
-        ),
-        *_feedforward(ENCODER_LAYER, OUR_ENCODER_LAYER),
-        KeyRule(ENCODER_LAYER + r"norms\.0\.", OUR_ENCODER_LAYER + "attention_norm."),
-        KeyRule(ENCODER_LAYER + r"norms\.1\.", OUR_ENCODER_LAYER + "feedforward_norm."),
-        KeyRule(r"transformer\.enc_output_norm\.", "detector.proposals.norm."),
-        KeyRule(r"transformer\.enc_output\.", "detector.proposals.projection."),
-        KeyRule(r"transformer\.tgt_embed\.weight", "detector.queries.content"),
-        KeyRule(r"label_enc\.", "detector.denoising.label_embedding."),
-        KeyRule(DECODER_LAYER + r"attentions\.0\.attn\.", OUR_DECODER_LAYER + "self_attention."),
-        *deformable_attention(
-            DECODER_LAYER + r"attentions\.1\.", OUR_DECODER_LAYER + "cross_attention."
-        ),
-        *_feedforward(DECODER_LAYER, OUR_DECODER_LAYER),
-        KeyRule(DECODER_LAYER + r"norms\.0\.", OUR_DECODER_LAYER + "self_attention_norm."),
-        KeyRule(DECODER_LAYER + r"norms\.1\.", OUR_DECODER_LAYER + "cross_attention_norm."),
-        KeyRule(DECODER_LAYER + r"norms\.2\.", OUR_DECODER_LAYER + "feedforward_norm."),
-        KeyRule(r"transformer\.decoder\.norm\.", "detector.decoder.norm."),
-        KeyRule(
-            r"transformer\.decoder\.ref_point_head\.",
-            "detector.decoder.query_position.projection.",
-        ),
-        KeyRule(rf"class_embed\.{decoder_layers}\.", "detector.proposals.head.class_layer."),
-        KeyRule(rf"bbox_embed\.{decoder_layers}\.", "detector.proposals.head.box_layers."),
-        KeyRule(r"class_embed\.(\d+)\.", r"detector.decoder.heads.\1.class_layer."),
-        KeyRule(r"bbox_embed\.(\d+)\.", r"detector.decoder.heads.\1.box_layers."),
-        # The same tensors once more, under the modules that share them.
-        KeyRule(r"transformer\.decoder\.(class|bbox)_embed\.", None),
-        KeyRule(r"transformer\.encoder\.enhance_MCSP\.", None),
-        KeyRule(r"enhance_MCSP_layerlist\.", None),
-    ]
+    for one in FORMATS:
+        if one.name == name:
+            return one
+    names = ", ".join(name for name, _ in list_formats())
+    raise UserError(f"There is no checkpoint format '{name}': choose one of {names}.")
+
+
+def recognize_format(keys: Collection[str]) -> CheckpointFormat | None:
+    """The format of a file with these keys, None if it is none of a whole detector."""
+    return next((one for one in FORMATS if one.fits(keys)), None)
+
+
+def describe_unknown(keys: Collection[str]) -> str:
+    """What to say of keys that fit no format: some of them, and the nearest formats."""
+    examples = ", ".join(list(keys)[:_EXAMPLES])
+    close = sorted(FORMATS, key=lambda one: _share_of_marks(one, keys), reverse=True)
+    titles = [one.title for one in close if _share_of_marks(one, keys) > 0][:2]
+    nearest = f"; closest are {' and '.join(titles)}" if titles else ""
+    return f"its keys ({examples}, ...) fit no known format{nearest}"
+
+
+def _share_of_marks(one: CheckpointFormat, keys: Iterable[str]) -> float:
+    found = sum(any(matches_template(mark, key) for key in keys) for mark in one.marks)
+    return found / len(one.marks)

@@ -1,180 +1,356 @@
-"""Tables from the key layouts of the official repositories to ours.
+"""Formats of the repositories in which DETR, Deformable DETR, Sparse DETR and DINO were published.
 
-They cover facebookresearch/detr, fundamentalvision/Deformable-DETR and kakaobrain/sparse-detr,
-whose transformers name their parts alike. A table renames everything behind the backbone. The keys
-of the backbone itself, `backbone.0.body.`, are torchvision's and have no rule here.
+Their transformers name their parts alike. Numbers of feature levels, layers and heads are read from
+the shapes of the weights. ACT, which clusters the tokens of DETR, has DETR's weights.
 """
 
 from __future__ import annotations
 
-from efficient_detr.checkpoint.conversion import KeyRule
+from efficient_detr.checkpoint.conversion import Copy, Drop, Rename, Row, below, matches_template
+from efficient_detr.checkpoint.heads import (
+    PROPOSAL_HEAD,
+    NumberedHeads,
+    box_layers,
+    class_layer,
+    count_keys,
+)
+from efficient_detr.checkpoint.layout import (
+    DETECTOR_CLASS_ROWS,
+    CheckpointFormat,
+    ClassRows,
+    Shapes,
+)
+from efficient_detr.checkpoint.resnet import torchvision_resnet
+from efficient_detr.checkpoint.shapes import inside
+from efficient_detr.checkpoint.swin import SWIN_OUTPUT_NORMS, swin_backbone, swin_from_ours
 
-ENCODER_LAYER = r"transformer\.encoder\.layers\.(\d+)\."
-DECODER_LAYER = r"transformer\.decoder\.layers\.(\d+)\."
-OUR_ENCODER_LAYER = r"detector.encoder.layers.\1."
-OUR_DECODER_LAYER = r"detector.decoder.layers.\1."
+ENCODER_LAYER = "transformer.encoder.layers.{layer}."
+DECODER_LAYER = "transformer.decoder.layers.{layer}."
+OUR_ENCODER_LAYER = "detector.encoder.layers.{layer}."
+OUR_DECODER_LAYER = "detector.decoder.layers.{layer}."
+
+_BACKBONE = "backbone.0."
+_BODY = "backbone.0.body."
+_OUR_BACKBONE = "detector.backbone."
 
 
-def detr() -> list[KeyRule]:
-    """DETR, whichever backbone, with the norms after or before the branches of a layer."""
+def official_backbone() -> list[Row]:
+    """A ResNet where the official repositories have it."""
+    return below(torchvision_resnet(), _BODY, _OUR_BACKBONE)
+
+
+def _read_backbone(swin: str) -> list[Row]:
+    """A ResNet, or a Swin at the place that a repository gives it."""
+    rows = [*swin_backbone({}), *SWIN_OUTPUT_NORMS]
+    return [*official_backbone(), *below(rows, swin, _OUR_BACKBONE)]
+
+
+def _write_backbone(shapes: Shapes, swin: str) -> list[Row]:
+    """The same for a model of ours. Detectors do not store the masks of shifted windows."""
+    rows = swin_from_ours(inside(shapes, _OUR_BACKBONE))
+    stored = [row for row in rows if not str(row.theirs).endswith("attn_mask")]
+    return [*official_backbone(), *below(stored, swin, _OUR_BACKBONE)]
+
+
+# DETR --------------------------------------------------------------------------------------------
+
+
+def detr() -> list[Row]:
+    """DETR behind the backbone, with the norms after or before the branches of a layer."""
     return [
-        KeyRule(ENCODER_LAYER + r"self_attn\.", OUR_ENCODER_LAYER + "attention."),
-        KeyRule(DECODER_LAYER + r"multihead_attn\.", OUR_DECODER_LAYER + "cross_attention."),
+        Rename(ENCODER_LAYER + "self_attn.*", OUR_ENCODER_LAYER + "attention.*"),
+        Rename(DECODER_LAYER + "multihead_attn.*", OUR_DECODER_LAYER + "cross_attention.*"),
         # In the order of execution: self-attention, cross-attention, feed-forward network.
         *_decoder_norms(self_attention=1, cross_attention=2, feedforward=3),
         *_shared_by_all_layers(),
         # Pre-norm only.
-        KeyRule(r"transformer\.encoder\.norm\.", "detector.encoder.norm."),
-        KeyRule(r"transformer\.decoder\.norm\.", "detector.decoder.norm."),
-        KeyRule(r"class_embed\.", "detector.decoder.heads.0.class_layer."),
-        KeyRule(r"bbox_embed\.", "detector.decoder.heads.0.box_layers."),
-        KeyRule(r"query_embed\.weight", "detector.queries.position"),
-        KeyRule(r"input_proj\.", "detector.neck.convs.0."),
+        Rename("transformer.encoder.norm.*", "detector.encoder.norm.*"),
+        Rename("transformer.decoder.norm.*", "detector.decoder.norm.*"),
+        class_layer("class_embed", "detector.decoder.heads.0."),
+        box_layers("bbox_embed", "detector.decoder.heads.0."),
+        Rename("query_embed.weight", "detector.queries.position"),
+        Rename("input_proj.*", "detector.neck.convs.0.*"),
     ]
 
 
-def deformable_detr(*, num_maps: int, num_levels: int) -> list[KeyRule]:
-    """Deformable DETR without refinement: one prediction head, stored once for each layer.
+def _detr_table(_: Shapes) -> list[Row]:
+    return [*official_backbone(), *detr()]
 
-    Args:
-        num_maps: number of backbone maps that the model uses; the first `input_proj` are theirs.
-        num_levels: number of feature levels.
-    """
+
+def _detectron2_table(_: Shapes) -> list[Row]:
+    """DETR inside its wrapper for Detectron2, with a backbone of Detectron2's."""
     return [
-        KeyRule(r"class_embed\.0\.", "detector.decoder.heads.0.class_layer."),
-        KeyRule(r"bbox_embed\.0\.", "detector.decoder.heads.0.box_layers."),
-        KeyRule(r"(class|bbox)_embed\.", None),
-        *_deformable_transformer(num_maps, num_levels),
+        Rename("detr.backbone.0.backbone.*", "detector.backbone.*"),
+        *below(detr(), "detr.", ""),
+        Drop("criterion.empty_weight", "a constant of the loss"),
     ]
 
 
-def deformable_detr_refine(*, num_maps: int, num_levels: int, decoder_layers: int) -> list[KeyRule]:
-    """Deformable DETR with box refinement, with or without the second stage.
+# Deformable attention ----------------------------------------------------------------------------
 
-    Args:
-        num_maps: number of backbone maps that the model uses.
-        num_levels: number of feature levels.
-        decoder_layers: number of decoder layers; the head after the last of theirs is the proposal
-            head.
-    """
+
+def _read_deformable(shapes: Shapes) -> list[Row]:
+    heads = NumberedHeads.of_file(shapes, DECODER_LAYER + "norm1.weight")
+    return [*_read_backbone(_BODY), *_deformable_rows(heads, *levels_of_file(shapes))]
+
+
+def _write_deformable(shapes: Shapes) -> list[Row]:
+    rows = _deformable_rows(NumberedHeads.of_model(shapes), *levels_of_model(shapes))
+    return [*_write_backbone(shapes, _BODY), *rows]
+
+
+def _deformable_rows(heads: NumberedHeads, maps: int, levels: int) -> list[Row]:
+    """Deformable DETR in all its stages, and Sparse DETR."""
     return [
-        *_head(decoder_layers, "detector.proposals.head."),
-        KeyRule(r"class_embed\.(\d+)\.", r"detector.decoder.heads.\1.class_layer."),
-        KeyRule(r"bbox_embed\.(\d+)\.", r"detector.decoder.heads.\1.box_layers."),
-        # The same heads once more, below the module that uses them.
-        KeyRule(r"transformer\.decoder\.(class|bbox)_embed\.", None),
-        *_deformable_transformer(num_maps, num_levels),
-    ]
-
-
-def sparse_detr(
-    *, num_maps: int, num_levels: int, encoder_layers: int, decoder_layers: int
-) -> list[KeyRule]:
-    """Sparse DETR: the heads of the decoder, of the proposals, then of the encoder's layers.
-
-    Args:
-        num_maps: number of backbone maps that the model uses.
-        num_levels: number of feature levels.
-        encoder_layers: number of encoder layers; each but the last may have a head.
-        decoder_layers: number of decoder layers.
-    """
-    encoder_heads = [
-        rule
-        for layer in range(encoder_layers - 1)
-        for rule in _head(decoder_layers + 1 + layer, f"detector.encoder_heads.heads.{layer}.")
-    ]
-    return [
-        *encoder_heads,
-        KeyRule(r"transformer\.encoder\.(class|bbox)_embed\.", None),
+        *heads.rows(),
         *score_network(),
-        *deformable_detr_refine(
-            num_maps=num_maps, num_levels=num_levels, decoder_layers=decoder_layers
-        ),
+        *_deformable_transformer(maps, levels),
+        *box_queries("query_embed.weight"),
     ]
 
 
-def _deformable_transformer(num_maps: int, num_levels: int) -> list[KeyRule]:
-    """Everything but the heads of Deformable DETR and Sparse DETR."""
+def box_queries(embedding: str) -> list[Row]:
+    """Queries of Deformable DETR: an embedding of their own, or made of the proposals' boxes."""
     return [
-        *deformable_attention(ENCODER_LAYER + r"self_attn\.", OUR_ENCODER_LAYER + "attention."),
+        Rename(embedding, "detector.queries.embedding"),
+        Rename("transformer.reference_points.*", "detector.queries.reference_points.*"),
+        Rename("transformer.pos_trans.*", "detector.queries.projection.*"),
+        Rename("transformer.pos_trans_norm.*", "detector.queries.norm.*"),
+    ]
+
+
+def _read_dino(shapes: Shapes) -> list[Row]:
+    return [*_read_backbone(_BACKBONE), *_dino_rows(*levels_of_file(shapes))]
+
+
+def _write_dino(shapes: Shapes) -> list[Row]:
+    return [*_write_backbone(shapes, _BACKBONE), *_dino_rows(*levels_of_model(shapes))]
+
+
+def _dino_rows(maps: int, levels: int) -> list[Row]:
+    """DINO. The published models have one head, stored for each decoder layer and twice at that.
+
+    The official code can also have a head for each layer, under the same keys: then it needs
+    `dec_pred_class_embed_share` and `dec_pred_bbox_embed_share` to be False.
+    """
+    ours = "detector.decoder.heads.{layer}."
+    return [
+        class_layer("class_embed.{layer}", ours),
+        box_layers("bbox_embed.{layer}", ours),
+        class_layer("transformer.decoder.class_embed.{layer}", ours, Copy),
+        box_layers("transformer.decoder.bbox_embed.{layer}", ours, Copy),
+        class_layer("transformer.enc_out_class_embed", PROPOSAL_HEAD),
+        box_layers("transformer.enc_out_bbox_embed", PROPOSAL_HEAD),
+        *_deformable_transformer(maps, levels),
+        *dino_decoder(),
+    ]
+
+
+def dino_decoder() -> list[Row]:
+    """What DINO adds to a Deformable DETR, under the names that all repositories give it."""
+    return [
+        Rename("transformer.tgt_embed.weight", "detector.queries.content"),
+        Rename("transformer.decoder.norm.*", "detector.decoder.norm.*"),
+        Rename(
+            "transformer.decoder.ref_point_head.*", "detector.decoder.query_position.projection.*"
+        ),
+        Rename("label_enc.*", "detector.denoising.label_embedding.*"),
+    ]
+
+
+def _deformable_transformer(maps: int, levels: int) -> list[Row]:
+    """Everything between the backbone and the heads, apart from queries.
+
+    Args:
+        maps: number of backbone maps; the first levels are made of them.
+        levels: number of feature levels.
+    """
+    return [
+        *deformable_attention(ENCODER_LAYER + "self_attn.", OUR_ENCODER_LAYER + "attention."),
         *deformable_attention(
-            DECODER_LAYER + r"cross_attn\.", OUR_DECODER_LAYER + "cross_attention."
+            DECODER_LAYER + "cross_attn.", OUR_DECODER_LAYER + "cross_attention."
         ),
         # Numbered by their place in the constructor, not in the order of execution.
         *_decoder_norms(self_attention=2, cross_attention=1, feedforward=3),
         *_shared_by_all_layers(),
-        KeyRule(r"transformer\.level_embed", "detector.tokenizer.level_embedding"),
-        KeyRule(r"query_embed\.weight", "detector.queries.embedding"),
-        KeyRule(r"transformer\.reference_points\.", "detector.queries.reference_points."),
-        KeyRule(r"transformer\.pos_trans\.", "detector.queries.projection."),
-        KeyRule(r"transformer\.pos_trans_norm\.", "detector.queries.norm."),
-        KeyRule(r"transformer\.enc_output\.", "detector.proposals.projection."),
-        KeyRule(r"transformer\.enc_output_norm\.", "detector.proposals.norm."),
-        *_input_projections(num_maps, num_levels),
+        Rename("transformer.level_embed", "detector.tokenizer.level_embedding"),
+        *proposal_features(),
+        *input_projections("input_proj.", maps, levels),
     ]
 
 
-def deformable_attention(theirs: str, ours: str) -> list[KeyRule]:
-    """One deformable attention; the pattern `theirs` holds one group, the number of the layer."""
+def deformable_attention(theirs: str, ours: str) -> list[Row]:
+    """One deformable attention, below templates that end in a dot."""
     return [
-        KeyRule(theirs + r"(sampling_offsets|attention_weights)\.", ours + r"\2."),
-        KeyRule(theirs + r"(value|output)_proj\.", ours + r"\2_projection."),
+        Rename(f"{theirs}sampling_offsets.*", f"{ours}sampling_offsets.*"),
+        Rename(f"{theirs}attention_weights.*", f"{ours}attention_weights.*"),
+        Rename(f"{theirs}value_proj.*", f"{ours}value_projection.*"),
+        Rename(f"{theirs}output_proj.*", f"{ours}output_projection.*"),
     ]
 
 
-def score_network() -> list[KeyRule]:
+def proposal_features() -> list[Row]:
+    """What tokens go through before they are proposals."""
+    return [
+        Rename("transformer.enc_output.*", "detector.proposals.projection.*"),
+        Rename("transformer.enc_output_norm.*", "detector.proposals.norm.*"),
+    ]
+
+
+def score_network() -> list[Row]:
     """The network that scores tokens, the same in Sparse DETR and Focus-DETR."""
-    theirs, ours = r"transformer\.enc_mask_predictor\.", "detector.selection.score_head."
-    return [
-        KeyRule(theirs + r"layer1\.0\.", ours + "norm."),
-        KeyRule(theirs + r"layer1\.1\.", ours + "project."),
-        KeyRule(theirs + r"layer2\.0\.", ours + "hidden.0."),
-        KeyRule(theirs + r"layer2\.2\.", ours + "hidden.1."),
-        KeyRule(theirs + r"layer2\.4\.", ours + "score."),
+    rows: list[Row] = [
+        Rename("layer1.0.*", "norm.*"),
+        Rename("layer1.1.*", "project.*"),
+        Rename("layer2.0.*", "hidden.0.*"),
+        Rename("layer2.2.*", "hidden.1.*"),
+        Rename("layer2.4.*", "score.*"),
     ]
+    return below(rows, "transformer.enc_mask_predictor.", "detector.selection.score_head.")
 
 
-def _decoder_norms(*, self_attention: int, cross_attention: int, feedforward: int) -> list[KeyRule]:
+def _decoder_norms(*, self_attention: int, cross_attention: int, feedforward: int) -> list[Row]:
     """The norms of a decoder layer, by the number that each has in the official layer."""
     return [
-        KeyRule(
-            rf"{DECODER_LAYER}norm{self_attention}\.", OUR_DECODER_LAYER + "self_attention_norm."
-        ),
-        KeyRule(
-            rf"{DECODER_LAYER}norm{cross_attention}\.", OUR_DECODER_LAYER + "cross_attention_norm."
-        ),
-        KeyRule(rf"{DECODER_LAYER}norm{feedforward}\.", OUR_DECODER_LAYER + "feedforward_norm."),
+        Rename(f"{DECODER_LAYER}norm{number}.*", f"{OUR_DECODER_LAYER}{ours}.*")
+        for ours, number in (
+            ("self_attention_norm", self_attention),
+            ("cross_attention_norm", cross_attention),
+            ("feedforward_norm", feedforward),
+        )
     ]
 
 
-def _shared_by_all_layers() -> list[KeyRule]:
+def _shared_by_all_layers() -> list[Row]:
     """What DETR and Deformable DETR name alike inside their layers."""
     return [
-        KeyRule(DECODER_LAYER + r"self_attn\.", OUR_DECODER_LAYER + "self_attention."),
-        KeyRule(ENCODER_LAYER + r"norm1\.", OUR_ENCODER_LAYER + "attention_norm."),
-        KeyRule(ENCODER_LAYER + r"norm2\.", OUR_ENCODER_LAYER + "feedforward_norm."),
-        KeyRule(ENCODER_LAYER + r"linear1\.", OUR_ENCODER_LAYER + "feedforward.expand."),
-        KeyRule(ENCODER_LAYER + r"linear2\.", OUR_ENCODER_LAYER + "feedforward.contract."),
-        KeyRule(DECODER_LAYER + r"linear1\.", OUR_DECODER_LAYER + "feedforward.expand."),
-        KeyRule(DECODER_LAYER + r"linear2\.", OUR_DECODER_LAYER + "feedforward.contract."),
+        Rename(DECODER_LAYER + "self_attn.*", OUR_DECODER_LAYER + "self_attention.*"),
+        Rename(ENCODER_LAYER + "norm1.*", OUR_ENCODER_LAYER + "attention_norm.*"),
+        Rename(ENCODER_LAYER + "norm2.*", OUR_ENCODER_LAYER + "feedforward_norm.*"),
+        Rename(ENCODER_LAYER + "linear1.*", OUR_ENCODER_LAYER + "feedforward.expand.*"),
+        Rename(ENCODER_LAYER + "linear2.*", OUR_ENCODER_LAYER + "feedforward.contract.*"),
+        Rename(DECODER_LAYER + "linear1.*", OUR_DECODER_LAYER + "feedforward.expand.*"),
+        Rename(DECODER_LAYER + "linear2.*", OUR_DECODER_LAYER + "feedforward.contract.*"),
     ]
 
 
-def _head(number: int, ours: str) -> list[KeyRule]:
-    """One of the numbered heads."""
-    return [
-        KeyRule(rf"class_embed\.{number}\.", ours + "class_layer."),
-        KeyRule(rf"bbox_embed\.{number}\.", ours + "box_layers."),
-    ]
+def input_projections(theirs: str, maps: int, levels: int) -> list[Row]:
+    """Convolution and norm of each level: those of backbone maps first, then further levels.
 
-
-def _input_projections(num_maps: int, num_levels: int) -> list[KeyRule]:
-    """Convolution and norm of each level: those of backbone maps first, then the extra levels."""
-    rules = []
-    for level in range(num_levels):
-        ours = f"convs.{level}" if level < num_maps else f"extra_convs.{level - num_maps}"
-        rules += [
-            KeyRule(rf"input_proj\.{level}\.0\.", f"detector.neck.{ours}."),
-            KeyRule(rf"input_proj\.{level}\.1\.", f"detector.neck.{ours}.norm."),
+    Args:
+        theirs: what comes before the number of the level.
+        maps: number of backbone maps.
+        levels: number of feature levels.
+    """
+    rows: list[Row] = []
+    for level in range(levels):
+        ours = f"convs.{level}" if level < maps else f"extra_convs.{level - maps}"
+        # The norm is inside our convolution, whose own weights have no further dot.
+        rows += [
+            Rename(f"{theirs}{level}.1.*", f"detector.neck.{ours}.norm.*"),
+            Rename(f"{theirs}{level}.0.*", f"detector.neck.{ours}.*"),
         ]
-    return rules
+    return rows
+
+
+def levels_of_file(shapes: Shapes, theirs: str = "input_proj.") -> tuple[int, int]:
+    """Numbers of backbone maps and of feature levels.
+
+    Args:
+        shapes: of the file, in which levels beyond the maps come from 3x3 convolutions.
+        theirs: what comes before the number of the level.
+    """
+    convolution = f"{theirs}{{level}}.0.weight"
+    kernels = [shape[-1] for key, shape in shapes.items() if matches_template(convolution, key)]
+    return kernels.count(1), len(kernels)
+
+
+def levels_of_model(shapes: Shapes) -> tuple[int, int]:
+    """The same for a model of ours."""
+    maps = count_keys(shapes, "detector.neck.convs.{level}.weight")
+    return maps, maps + count_keys(shapes, "detector.neck.extra_convs.{level}.weight")
+
+
+# Formats -----------------------------------------------------------------------------------------
+
+_SCORE_NETWORK = "transformer.enc_mask_predictor.*"
+_DINO_QUERIES = "transformer.tgt_embed.weight"
+_DEFORMABLE_MARKS = (
+    ENCODER_LAYER + "self_attn.sampling_offsets.weight",
+    DECODER_LAYER + "cross_attn.sampling_offsets.weight",
+    "class_embed.{head}.weight",
+)
+
+
+def _embeds_boxes_as_content(shapes: Shapes) -> bool:
+    """Whether queries take position and content from boxes, as in Deformable DETR.
+
+    In Efficient DETR, whose keys are the same, they take their position alone.
+    """
+    projection = shapes.get("detector.queries.projection.weight")
+    return projection is None or projection[0] == projection[1]
+
+
+FIRST_ROW_DECIDES = ClassRows(
+    PROPOSAL_HEAD + "class_layer.*", in_order=True, applies=_embeds_boxes_as_content
+)
+"""Deformable DETR ranks proposals by the first row, whatever class it is; Efficient DETR by all."""
+
+
+FORMATS = (
+    CheckpointFormat(
+        name="detr",
+        title="DETR of facebookresearch/detr",
+        marks=(
+            ENCODER_LAYER + "self_attn.in_proj_weight",
+            DECODER_LAYER + "multihead_attn.in_proj_weight",
+            "class_embed.weight",
+            "query_embed.weight",
+        ),
+        # SMCA is DETR with more in its decoder.
+        excluded=(DECODER_LAYER + "point1.*",),
+        read_table=_detr_table,
+        write_table=_detr_table,
+    ),
+    CheckpointFormat(
+        name="detr_detectron2",
+        title="DETR in the Detectron2 wrapper of facebookresearch/detr",
+        marks=(
+            f"detr.{DECODER_LAYER}multihead_attn.in_proj_weight",
+            "detr.class_embed.weight",
+            "detr.query_embed.weight",
+        ),
+        read_table=_detectron2_table,
+        write_table=_detectron2_table,
+    ),
+    CheckpointFormat(
+        name="deformable_detr",
+        title="Deformable DETR of fundamentalvision/Deformable-DETR",
+        marks=_DEFORMABLE_MARKS,
+        excluded=(_SCORE_NETWORK, _DINO_QUERIES),
+        read_table=_read_deformable,
+        write_table=_write_deformable,
+        class_rows=(FIRST_ROW_DECIDES, *DETECTOR_CLASS_ROWS),
+    ),
+    CheckpointFormat(
+        name="sparse_detr",
+        title="Sparse DETR of kakaobrain/sparse-detr",
+        marks=(*_DEFORMABLE_MARKS, _SCORE_NETWORK),
+        read_table=_read_deformable,
+        write_table=_write_deformable,
+    ),
+    CheckpointFormat(
+        name="dino",
+        title="DINO of IDEA-Research/DINO",
+        marks=(*_DEFORMABLE_MARKS, _DINO_QUERIES, "transformer.enc_out_class_embed.weight"),
+        excluded=(_SCORE_NETWORK,),
+        read_table=_read_dino,
+        write_table=_write_dino,
+        # One more than the classes, for a label that is not there.
+        class_rows=(
+            ClassRows("detector.denoising.label_embedding.*", unused=1),
+            *DETECTOR_CLASS_ROWS,
+        ),
+    ),
+)
+"""Formats of the official repositories."""

@@ -11,21 +11,30 @@ from tabulate import tabulate
 Shape = tuple[int, ...]
 
 _EXAMPLES = 3
+_REASONS = 6
 
 
 @dataclass
-class LoadReport:
-    """What became of every weight of a checkpoint, and of every parameter that it should fill.
+class ConversionReport:
+    """What became of every weight of a checkpoint, and of every weight that it should fill.
+
+    Each of our names is in one of `matched`, `renamed`, `packed`, `reshaped`, `resized`,
+    `class_rows` and `initial`; each key of the file is behind one of the first six, or in `dropped`
+    or `unexpected`.
 
     Attributes:
         layout: name of the published layout.
         target: path of the module that was filled, '' for the whole model.
         matched: our names of tensors taken as they are.
+        renamed: our name -> name in the checkpoint, of tensors taken under another name.
+        packed: our name -> names in the checkpoint of the tensors that were joined into ours.
         reshaped: our name -> shape in the checkpoint and in the model, with the same values.
         resized: our name -> shape in the checkpoint and in the model, interpolated.
+        class_rows: our name -> which rows of classes were taken.
         dropped: name in the checkpoint -> why it has no place in the model.
-        initial: our names of parameters of the target, and of the head of a classifier around it,
-            that the checkpoint does not fill.
+        unexpected: name in the checkpoint -> why it does not fit, of those that should.
+        initial: our names of weights of the target, and of the head of a classifier around it, that
+            the checkpoint does not fill.
         random_head: whether the head of a classifier is among them.
         parts: names of the parts of the checkpoint outside the backbone, which are left out.
     """
@@ -33,17 +42,29 @@ class LoadReport:
     layout: str
     target: str
     matched: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    class_rows: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
     initial: list[str] = field(default_factory=list)
     random_head: bool = False
     parts: list[str] = field(default_factory=list)
 
     @property
     def filled(self) -> int:
-        """Number of parameters that got values."""
-        return len(self.matched) + len(self.reshaped) + len(self.resized)
+        """Number of weights of ours that got values."""
+        groups = (self.matched, self.renamed, self.packed, self.reshaped, self.resized)
+        return sum(map(len, groups)) + len(self.class_rows)
+
+    @property
+    def read(self) -> int:
+        """Number of weights of the checkpoint."""
+        joined = sum(map(len, self.packed.values()))
+        used = self.filled - len(self.packed) + joined
+        return used + len(self.dropped) + len(self.unexpected)
 
     def leave_out_parts(self, keys: Iterable[str], prefix: str) -> None:
         """Note keys outside the backbone, by the part of the other model that has them.
@@ -61,28 +82,55 @@ class LoadReport:
                 self.parts.append(part)
 
     def table(self) -> str:
-        """One row for each fate, with a count and its details."""
-        reasons = Counter(self.dropped.values())
-        changes = Counter(
-            f"{_shape(before)} to {_shape(after)}" for before, after in self.resized.values()
-        )
-        rows = [
-            ("matched", len(self.matched), ""),
-            ("reshaped", len(self.reshaped), "1x1 convolutions to linear layers"),
-            ("resized", len(self.resized), _counted(changes)),
-            ("left out", len(self.dropped), _counted(reasons)),
-            ("left at their initial values", len(self.initial), _examples(self.initial)),
+        """One row for each fate: weights of the checkpoint, weights of ours, and details."""
+        joined = sum(map(len, self.packed.values()))
+        taken = [
+            ("taken as they are", self.matched, ""),
+            ("renamed", self.renamed, _arrows(self.renamed)),
+            ("joined", self.packed, _arrows(self.packed)),
+            ("reshaped", self.reshaped, "1x1 convolutions to linear layers"),
+            ("resized", self.resized, _counted(_changes(self.resized))),
+            ("rows of classes taken", self.class_rows, _counted(self.class_rows.values())),
         ]
-        shown = [row for row in rows if row[1]]
-        return str(tabulate(shown, headers=["", "weights", ""]))
+        rows: list[tuple[str, int | None, int | None, str]] = [
+            (fate, joined if names is self.packed else len(names), len(names), details)
+            for fate, names, details in taken
+        ]
+        rows += [
+            ("left out", len(self.dropped), None, _counted(self.dropped.values())),
+            ("without a place", len(self.unexpected), None, _with_reasons(self.unexpected)),
+            ("left at their initial values", None, len(self.initial), _examples(self.initial)),
+        ]
+        shown = [row for row in rows if row[1] or row[2]]
+        shown.append(("all", self.read, self.filled + len(self.initial), ""))
+        headers = ["weights", "checkpoint", "model", ""]
+        return str(tabulate(shown, headers=headers, colalign=("left", "right", "right", "left")))
+
+
+def _arrows(sources: dict[str, str] | dict[str, tuple[str, ...]]) -> str:
+    """One example of what is made of what."""
+    for name, theirs in sources.items():
+        return f"{theirs if isinstance(theirs, str) else ' + '.join(theirs)} -> {name}"
+    return ""
+
+
+def _changes(shapes: dict[str, tuple[Shape, Shape]]) -> list[str]:
+    return [f"{_shape(before)} to {_shape(after)}" for before, after in shapes.values()]
 
 
 def _shape(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def _counted(counts: Counter[str]) -> str:
-    return "; ".join(f"{count} {text}" for text, count in counts.items())
+def _counted(texts: Iterable[str]) -> str:
+    counts = Counter(texts).most_common()
+    listed = "; ".join(f"{count} {text}" for text, count in counts[:_REASONS])
+    rest = sum(count for _, count in counts[_REASONS:])
+    return listed + (f"; {rest} for other reasons" if rest else "")
+
+
+def _with_reasons(keys: dict[str, str]) -> str:
+    return _examples([f"{key} ({reason})" for key, reason in keys.items()])
 
 
 def _examples(names: Sequence[str]) -> str:

@@ -1,28 +1,35 @@
-"""Bring tensors of a checkpoint into the shapes of a model."""
+"""Read the sizes of a model from the shapes of its weights, and bring tensors into other shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isqrt
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficient_detr.checkpoint.layout import Shapes
 
-def without_kernel(weight: Tensor) -> Tensor:
-    """The weight of a linear layer that does what a 1x1 convolution does.
+
+def count_parts(keys: Iterable[str], start: str) -> int:
+    """Number of modules in a list.
 
     Args:
-        weight: (C_out, C_in, 1, 1).
-
-    Returns:
-        (C_out, C_in).
+        keys: names of weights.
+        start: what comes before the number of the module, with the dot at its end.
     """
-    return weight.flatten(1)
+    numbers = {key[len(start) :].partition(".")[0] for key in keys if key.startswith(start)}
+    return sum(number.isdigit() for number in numbers)
 
 
-def is_pointwise(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether a shape is that of a 1x1 convolution and the other that of its linear layer."""
-    return len(before) == 4 and before == (*after, 1, 1)
+def inside(shapes: Shapes, start: str) -> Shapes:
+    """The shapes in a module, by their names in it.
+
+    Args:
+        shapes: of the whole.
+        start: name of the module, with the dot at its end.
+    """
+    return {key[len(start) :]: shape for key, shape in shapes.items() if key.startswith(start)}
 
 
 def resized_position_table(table: Tensor, shape: tuple[int, ...]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Building the model of a config, for all commands."""
+"""Building the model of a config and what loads its weights, for all commands."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from traceback import walk_tb
 from types import CodeType
+from typing import Any
 
 from detectron2.config import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from efficient_detr.engine.checks import lazy_nodes, target_of
+from efficient_detr.data.datasets import class_names, register_files
+from efficient_detr.engine.checkpointer import AtomicCheckpointer
+from efficient_detr.engine.checks import dataset_names, lazy_nodes, target_of
 from efficient_detr.errors import UserError
 
 
@@ -31,6 +34,48 @@ def build_model(config: DictConfig) -> nn.Module:
     except ImportError as error:
         raise UserError(_missing(config, error)) from error
     return model
+
+
+def build_checkpointer(
+    config: DictConfig,
+    model: nn.Module,
+    config_file: str | None = None,
+    save_dir: str = "",
+    **checkpointables: Any,
+) -> AtomicCheckpointer:
+    """The checkpointer of a config's model, which knows the classes of the config's data set.
+
+    Args:
+        config: a checked config. Read are ``train.allow_partial_checkpoint`` (optional), and the
+            data sets: those of training if there is something to train, else that of the test.
+        model: what `build_model` returned; it may be wrapped for distributed training.
+        config_file: where the config is from, for errors; None if unknown.
+        save_dir: folder of the checkpoints.
+        **checkpointables: see `AtomicCheckpointer`.
+    """
+    return AtomicCheckpointer(
+        model,
+        save_dir,
+        model_name=f"the config {config_file}" if config_file else "the model of the config",
+        class_names=dataset_class_names(config, "train" if checkpointables else "test"),
+        allow_partial=bool(OmegaConf.select(config, "train.allow_partial_checkpoint")),
+        **checkpointables,
+    )
+
+
+def dataset_class_names(config: DictConfig, split: str) -> list[str] | None:
+    """Class names of the data sets of ``dataloader.<split>``; None if they do not tell."""
+    names = dataset_names(config, split)
+    if not names:
+        return None
+    node = config.dataloader[split].dataset
+    register_files(names, _given(node, "json_file"), _given(node, "image_root"))
+    return class_names(names[0])
+
+
+def _given(node: DictConfig, key: str) -> str | None:
+    """A value that may be absent or left open ("???"): not every command needs a data set."""
+    return None if OmegaConf.is_missing(node, key) else node.get(key)
 
 
 def _missing(config: DictConfig, error: ImportError) -> str:

@@ -1,149 +1,102 @@
-"""Checkpoints that are complete or absent, and loading that says what did not fit."""
+"""Checkpoints that are complete or absent, and loading that is complete or refused."""
 
-import codecs
-import collections
+from __future__ import annotations
+
 import glob
 import logging
 import os
-import pickle
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tabulate import tabulate
+from torch import Tensor, nn
 
-from efficient_detr.checkpoint.backbones import (
-    convert_backbone,
-    resize_tables,
-    without_parallel_prefix,
+from efficient_detr.checkpoint.backbones import convert_backbone, without_parallel_prefix
+from efficient_detr.checkpoint.convert import Conversion, convert_checkpoint
+from efficient_detr.checkpoint.downloads import (
+    download,
+    is_address,
+    parse_address,
+    read_download,
 )
-from efficient_detr.checkpoint.report import LoadReport
+from efficient_detr.checkpoint.files import (
+    READ_ERRORS,
+    read_checkpoint,
+    unreadable,
+)
+from efficient_detr.checkpoint.formats import OWN_FORMAT, recognize_format
+from efficient_detr.checkpoint.report import ConversionReport
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
+CLASS_NAMES = "class_names"
+"""Entry of our files with the names of the model's classes."""
+
 _PARTIAL = ".partial"
-
-# What reading a file that is damaged, or no checkpoint at all, has been seen to raise.
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    AssertionError,
-    pickle.UnpicklingError,
-    LookupError,
-    ValueError,
-    AttributeError,
-    TypeError,
-    ImportError,
-    OverflowError,
-    SafetensorError,
-)
-
-# Settings that authors pickled beside their weights: whatever has this name in a file becomes a
-# plain dict of Python's, so that no code of others runs.
-_SETTINGS: list[Any] = [(collections.OrderedDict, "yacs.config.CfgNode")]
-
-
-def _array_names() -> dict[str, Any]:
-    """All that a pickled dict of arrays refers to, with the old and the new names in NumPy."""
-    names: dict[str, Any] = {
-        "collections.OrderedDict": collections.OrderedDict,
-        "_codecs.encode": codecs.encode,
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        # NumPy says itself which private functions re-create its objects.
-        names[f"{core}.multiarray._reconstruct"] = np.zeros(1).__reduce__()[0]
-        names[f"{core}.multiarray.scalar"] = np.float64(0).__reduce__()[0]
-        names[f"{core}.numeric._frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
-    return names
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts of numpy arrays and refuses whatever else a pickle could call.
-
-    Args:
-        file: the open file.
-        path: its path, for the error.
-    """
-
-    _NAMES = _array_names()
-
-    def __init__(self, file: IO[bytes], path: str) -> None:
-        # Files of the Detectron2 model zoo were written by Python 2.
-        super().__init__(file, encoding="latin1")
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Look a name up among the allowed ones instead of importing it."""
-        if f"{module}.{name}" in self._NAMES:
-            return self._NAMES[f"{module}.{name}"]
-        if module == "numpy.dtypes" and name.isidentifier():
-            found = getattr(np.dtypes, name, None)
-            if isinstance(found, type) and issubclass(found, np.dtype):
-                return found
-        raise UserError(
-            f"The checkpoint {self._path} holds code ({module}.{name}) and is refused: convert it "
-            "to a .pth file that holds only the state dict."
-        )
-
-
-def _load_pickle(path: str) -> dict[str, Any]:
-    """Read a ``.pkl`` of the model zoo, of Caffe2, or of a dict of arrays, as Detectron2 would."""
-    with open(path, "rb") as file:
-        data = _ArrayUnpickler(file, path).load()
-    if not isinstance(data, dict):
-        raise _no_weights(path)
-    if isinstance(data.get("model"), dict):
-        return data
-    # A file of Caffe2: Detectron2 converts the names.
-    data = data.get("blobs", data)
-    if not isinstance(data, dict):
-        raise _no_weights(path)
-    weights = {key: value for key, value in data.items() if not str(key).endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _no_weights(path: str) -> UserError:
-    return UserError(
-        f"The checkpoint {path} holds no weights: a dict of named tensors is expected, alone or as "
-        "the entry 'model' or 'state_dict' of a dict."
-    )
+_MATCHING_QUERY = "?matching_heuristics=True"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic writes, safe reads and a table of skipped weights.
+    """Detectron2's checkpointer with atomic writes, safe reads and published formats.
 
     A checkpoint is written beside its final name and renamed when it is complete, so a run that is
     killed while it saves leaves the previous checkpoint usable. No file can run code when it is
     read: neither ``.pth`` nor ``.pkl`` nor ``.safetensors``.
 
-    Checkpoints with a backbone that `convert_backbone` knows, and otherwise of another model, are
-    loaded into the backbone of the model, with a table of what became of their weights.
+    Files in published formats are converted when they are loaded, and nothing is loaded before the
+    whole file is known to fit. If only its backbone is known, only that is loaded. A table says
+    what became of the weights.
+
+    Args:
+        model: the model; it may be wrapped for distributed training.
+        save_dir: folder of the checkpoints.
+        model_name: what errors call the model, such as the path of its config.
+        class_names: of the model's classes, in order; None if unknown. They are saved, and compared
+            with those of a file that is loaded.
+        allow_partial: load what fits of a file instead of refusing it.
+        **checkpointables: what is saved with the model: the state of a training. Only where there
+            is any, weights that depend on the number of classes or queries may stay initial.
     """
 
     # True while `resume` loads, which takes only a file that fits the model completely.
     _resuming = False
     # True from the moment the weights are in the model; what follows are the checkpointables.
     _weights_loaded = False
-    # Set where only the backbone of the file was loaded.
-    _report: LoadReport | None = None
+    # The file as the user named it, and whether it was downloaded.
+    _name = ""
+    _downloaded = False
+    # Whether Detectron2 is asked to match weights by the ends of their names.
+    _matching = False
+    # Set where weights were converted.
+    _conversion: Conversion | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        model_name: str = "the model",
+        class_names: Sequence[str] | None = None,
+        allow_partial: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.model_name = model_name
+        self.class_names = None if class_names is None else list(class_names)
+        self.allow_partial = allow_partial
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model and the checkpointables.
+        """Save the model, the names of its classes and the checkpointables.
 
         Args:
             name: file name without ``.pth``, in ``save_dir``.
             **kwargs: further entries of the file.
         """
-        super().save(name + _PARTIAL, **kwargs)
+        names = {} if self.class_names is None else {CLASS_NAMES: self.class_names}
+        super().save(name + _PARTIAL, **names, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Rename the finished file and make it the one that ``--resume`` takes.
@@ -187,10 +140,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def load(
         self, path: str, checkpointables: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Load a file; see Detectron2's ``DetectionCheckpointer.load``.
+        """Load a file of ours or in a published format.
 
         Args:
-            path: file or address; '' loads nothing, with a warning if there is nothing to train.
+            path: a file, or its address as `parse_address` takes it; '' loads nothing, with a
+                warning if there is nothing to train.
             checkpointables: names of those to load, None for all.
             **kwargs: further arguments of the base class.
 
@@ -198,7 +152,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             The entries of the file that are not loaded into anything.
 
         Raises:
-            UserError: if the file is missing, damaged, holds code or fits no weight of the model.
+            UserError: if the file is missing, damaged, holds code or does not fit the model. The
+                model is then as it was.
         """
         if not path:
             if self.checkpointables:
@@ -210,101 +165,124 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 )
             return {}
         self._weights_loaded = False
-        self._report = None
+        self._conversion = None
+        self._name = path
         try:
-            loaded: dict[str, Any] = super().load(path, checkpointables, **kwargs)
+            loaded: dict[str, Any] = super().load(self._local(path), checkpointables, **kwargs)
             return loaded
         except UserError:
             raise
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             if self._resuming and self._weights_loaded:
-                raise self._of_another_config(path) from error
-            raise UserError(_unreadable(path, error)) from error
+                raise self._of_another_config() from error
+            raise unreadable(path, error) from error
         finally:
             # Detectron2 leaves it set when loading fails, and then refuses every further load.
             self._parsed_url_during_load = None
 
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        # Detectron2 would run the code in a .pkl file.
-        if filename.endswith(".pkl"):
-            loaded = _load_pickle(filename)
-        else:
-            loaded = super()._load_file(filename)
-        weights = loaded["model"]
-        if not isinstance(weights, Mapping) or not weights:
-            raise _no_weights(filename)
-        for name, value in weights.items():
-            if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
-                raise _no_weights(filename)
-        self._filename = filename
-        return loaded
+    def _local(self, path: str) -> str:
+        """The file behind a path or an address."""
+        self._downloaded = is_address(path)
+        if self._downloaded:
+            address = parse_address(path)
+            self._matching = address.matching
+            return download(address)
+        self._matching = path.endswith(_MATCHING_QUERY)
+        return path.removesuffix(_MATCHING_QUERY)
 
-    def _torch_load(self, filename: str) -> Any:
-        if filename.endswith(".safetensors"):
-            return {"model": load_file(filename)}
-        with open(filename, "rb") as file:
-            head = file.read(1)
-        # Of a ZIP archive and of a pickle, the two formats of torch.save.
-        if head not in (b"P", b"\x80"):
-            raise ValueError("it is not a file of torch.save")
-        with torch.serialization.safe_globals(_SETTINGS):
-            loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        if isinstance(loaded, dict) and "model" not in loaded:
-            weights = loaded.get("state_dict")
-            return {"model": weights} if isinstance(weights, dict) else loaded
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        read = read_download if self._downloaded else read_checkpoint
+        loaded = read(filename, self._name)
+        if self._matching:
+            loaded["matching_heuristics"] = True
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        if not self._resuming:
+        if self._resuming:
+            self._check_resumable(checkpoint)
+        else:
             self._convert(checkpoint)
         names = len(checkpoint["model"])
-        if self._resuming and any(key not in checkpoint for key in self.checkpointables):
-            raise UserError(
-                f"The checkpoint {self._filename} holds weights but no state of a training to "
-                "resume: give it as train.init_checkpoint, without --resume."
-            )
         incompatible = super()._load_model(checkpoint)
         self._weights_loaded = True
-        if self._resuming and any(incompatible):
-            raise self._of_another_config(self._filename)
-        if incompatible is not None and names and names == len(incompatible.unexpected_keys):
+        if incompatible is not None and names == len(incompatible.unexpected_keys):
             raise UserError(
-                f"None of the {names} weights of the checkpoint has a name that this model knows: "
-                "check that train.init_checkpoint belongs to the config."
+                f"None of the {names} weights of the checkpoint {self._name} has a name that "
+                f"{self.model_name} knows: check that train.init_checkpoint belongs to the config."
             )
         return incompatible
 
+    def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
+        if any(key not in checkpoint for key in self.checkpointables):
+            raise UserError(
+                f"The checkpoint {self._name} holds weights but no state of a training to "
+                "resume: give it as train.init_checkpoint, without --resume."
+            )
+        if _shapes(checkpoint["model"]) != _shapes(self.model.state_dict()):
+            raise self._of_another_config()
+
     def _convert(self, checkpoint: dict[str, Any]) -> None:
-        """Put the backbone of another model's file in this model's names, and fit its tables."""
-        self._convert_ndarray_to_tensor(checkpoint["model"])
-        source = f"The checkpoint {self._filename}"
-        converted = convert_backbone(checkpoint["model"], self.model, source)
-        if converted is not None:
-            self._report = converted.report
-            checkpoint["model"] = converted.state
-            # Names are exact now; matching them by their ends would misplace heads and norms.
+        """Give the weights of a file the names and shapes of the model, or leave them if they have.
+
+        Raises:
+            UserError: if that is not possible.
+        """
+        weights = dict(without_parallel_prefix(checkpoint["model"]))
+        names = stored_class_names(checkpoint)
+        ours = _shapes(self.model.state_dict())
+        self._warn_of_other_classes(names)
+        checkpoint["model"] = weights
+        same_classes = names is None or self.class_names is None or names == self.class_names
+        if same_classes and _shapes(weights) == ours:
             checkpoint.pop("matching_heuristics", None)
             return
-        weights = dict(without_parallel_prefix(checkpoint["model"]))
-        resized = resize_tables(weights, self.model)
-        if resized:
-            checkpoint["model"] = weights | resized
-            logger.info(
-                "%d tables of relative positions of %s were interpolated to the model's windows.",
-                sum(name.endswith("_table") for name in resized),
-                self._filename,
+        source = f"The checkpoint {self._name}"
+        known = recognize_format(weights) or convert_backbone(weights, self.model, source)
+        if known is None and (checkpoint.get("matching_heuristics") or "__author__" in checkpoint):
+            # Of Detectron2's model zoo: it knows the names and what may be missing.
+            return
+        named_alike = known is None and not ours.keys().isdisjoint(weights)
+        self._conversion = convert_checkpoint(
+            weights,
+            source_format=OWN_FORMAT.name if named_alike else None,
+            model=self.model,
+            class_names=self.class_names,
+            source_class_names=names,
+            fresh_heads=bool(self.checkpointables),
+            allow_partial=self.allow_partial,
+            source=source,
+            target=self.model_name,
+        )
+        checkpoint["model"] = self._conversion.state
+        # Names are exact now; matching them by their ends would misplace heads and norms.
+        checkpoint.pop("matching_heuristics", None)
+
+    def _warn_of_other_classes(self, names: list[str] | None) -> None:
+        """Say that predictions will be called by names that they were not trained for."""
+        if self.checkpointables or names is None or self.class_names is None:
+            return
+        strange = sorted(set(self.class_names) - set(names))
+        if strange and len(names) == len(self.class_names):
+            logger.warning(
+                "%s was trained on other classes: it knows no %s, so the results of the data set "
+                "are wrong.",
+                self._name,
+                ", ".join(strange[:5]),
             )
 
-    @staticmethod
-    def _of_another_config(path: str) -> UserError:
+    def _of_another_config(self) -> UserError:
         return UserError(
-            f"The checkpoint {path} does not belong to this config: start with a new "
+            f"The checkpoint {self._name} does not belong to this config: start with a new "
             "train.output_dir or the old config."
         )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if self._report is not None:
-            self._log_report(self._report, incompatible.missing_keys)
+        if self._conversion is not None:
+            report = self._conversion.report
+            if self._conversion.format is None:
+                self._log_backbone(report, incompatible.missing_keys)
+            else:
+                self._log_model(report)
             return
         shapes = list(incompatible.incorrect_shapes)
         if shapes:
@@ -320,7 +298,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
         incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in skipped]
         super()._log_incompatible_keys(incompatible)
 
-    def _log_report(self, report: LoadReport, missing: list[str]) -> None:
+    def _log_model(self, report: ConversionReport) -> None:
+        """Say what became of the weights of a file that is for the whole model."""
+        remarks = []
+        if report.initial:
+            remarks.append(f"{len(report.initial)} weights keep their initial values")
+        if report.unexpected:
+            remarks.append(f"{len(report.unexpected)} weights of the file have no place in it")
+        logger.log(
+            logging.WARNING if remarks and self.allow_partial else logging.INFO,
+            "%s (%s) loaded into %s%s:\n%s",
+            self._name,
+            report.layout,
+            self.model_name,
+            "".join(f"; {remark}" for remark in remarks),
+            report.table(),
+        )
+
+    def _log_backbone(self, report: ConversionReport, missing: list[str]) -> None:
         """Say what became of the weights of a file whose backbone was loaded."""
         inside = f"{report.target}." if report.target else ""
         others = [
@@ -339,27 +334,25 @@ class AtomicCheckpointer(DetectionCheckpointer):
             logging.WARNING if incomplete or (parts and others) else logging.INFO,
             "%s weights of %s loaded into %s; %d other weights keep their initial values%s:\n%s",
             report.layout,
-            self._filename,
-            report.target or "the model",
+            self._name,
+            report.target or self.model_name,
             len(others),
             "".join(f"; {remark}" for remark in remarks),
             report.table(),
         )
 
 
-def _unreadable(path: str, error: BaseException) -> str:
-    """The sentence for an error of reading; PyTorch's advice to allow code is left out."""
-    text = str(error)
-    # Detectron2 also calls a query in the path "Unsupported", with a ValueError.
-    refused = isinstance(error, pickle.UnpicklingError) and "Unsupported" in text
-    if refused or "weights_only" in text or "Weights only" in text:
-        return (
-            f"The checkpoint {path} cannot be loaded: the file holds code or objects that are not "
-            "tensors and is refused; if you trust it, open it where its authors' code is installed "
-            "and save its state dict alone."
-        )
-    reason = (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return (
-        f"The checkpoint {path} cannot be loaded ({reason}): check the path and whether the file "
-        "is complete."
-    )
+def stored_class_names(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """The names of the classes of a file of ours; None if it does not tell.
+
+    Args:
+        checkpoint: the entries of the file.
+    """
+    names = checkpoint.get(CLASS_NAMES)
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return list(names)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

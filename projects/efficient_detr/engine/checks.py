@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from efficient_detr.checkpoint.downloads import is_address, parse_address
 from efficient_detr.data.datasets import (
     check_annotations,
     check_dataset_files,
@@ -142,8 +143,8 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
                 ) from error
             raise UserError(
                 f"The override '{text}' is not of the form path.to.key=value: options such as "
-                "--eval-only go before the overrides, and values with spaces, brackets, commas or "
-                "non-ASCII letters need inner quotes, e.g. \"train.output_dir='/a/b c'\"."
+                "--eval-only go before the overrides, and values with spaces, brackets, commas, # "
+                "or non-ASCII letters need inner quotes, e.g. \"train.output_dir='/a/b c'\"."
             ) from error
         if override.is_delete():
             raise UserError(f"'{text}': keys cannot be deleted; set the key to null instead.")
@@ -299,13 +300,15 @@ def check_operators(device: torch.device) -> None:
 
 
 def check_init_checkpoint(config: DictConfig) -> None:
-    """Check that a local ``train.init_checkpoint`` exists.
+    """Check that ``train.init_checkpoint`` is a file that exists, or an address of a file.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it is not.
     """
     path = OmegaConf.select(config, "train.init_checkpoint", default="")
-    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+    if path and is_address(path):
+        parse_address(path)
+    elif path and not os.path.isfile(path.split("?")[0]):
         raise UserError(
             f"The checkpoint {path} does not exist: check train.init_checkpoint, or set "
             "train.init_checkpoint='' to start from random weights."

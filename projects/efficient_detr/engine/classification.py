@@ -12,8 +12,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from efficient_detr.engine.building import build_model
-from efficient_detr.engine.checkpointer import AtomicCheckpointer
+from efficient_detr.engine.building import build_checkpointer, build_model
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.classifier import ImageClassifier
 
@@ -24,12 +23,13 @@ class PictureClassifier:
     Args:
         cfg: a LazyConfig such as those of ``configs/backbones``. Read are ``model``,
             ``preprocessing``, ``train.device`` and ``train.init_checkpoint``.
+        config_file: where the config is from, for errors; None if unknown.
 
     Raises:
         UserError: if the config is not of a classifier, or the weights cannot be loaded.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, config_file: str | None = None) -> None:
         if OmegaConf.select(cfg, "preprocessing") is None:
             raise UserError(
                 "The config has no preprocessing, so it is not of a classifier: choose one of "
@@ -43,7 +43,7 @@ class PictureClassifier:
                 "configs/backbones."
             )
         self.model = model.to(torch.device(cfg.train.device)).eval()
-        AtomicCheckpointer(self.model).load(cfg.train.init_checkpoint)
+        build_checkpointer(cfg, self.model, config_file).load(cfg.train.init_checkpoint)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Tensor:

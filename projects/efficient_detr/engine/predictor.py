@@ -16,11 +16,10 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from efficient_detr.data.datasets import class_names, register_files
 from efficient_detr.data.seeding import temporary_seed
-from efficient_detr.engine.building import build_model
-from efficient_detr.engine.checkpointer import AtomicCheckpointer
-from efficient_detr.engine.checks import dataset_names, target_of
+from efficient_detr.engine.building import build_checkpointer, build_model, dataset_class_names
+from efficient_detr.engine.checkpointer import stored_class_names
+from efficient_detr.engine.checks import target_of
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
 from efficient_detr.modeling.classifier import ImageClassifier
@@ -35,6 +34,7 @@ class Predictor:
         cfg: a LazyConfig. Read are ``model``, ``train.device``, ``train.init_checkpoint``,
             ``dataloader.test.mapper`` for the augmentations (ResizeShortestEdge and the like) and
             the channel order, and ``dataloader.test.dataset`` for the class names.
+        config_file: where the config is from, for errors; None if unknown.
 
     Raises:
         UserError: if the model is a classifier, or the weights cannot be loaded.
@@ -46,14 +46,18 @@ class Predictor:
         instances[instances.scores > 0.5].pred_boxes
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, config_file: str | None = None) -> None:
         _check_detector(cfg)
         mapper = OmegaConf.select(cfg, "dataloader.test.mapper", default={})
         self.image_format = str(mapper.get("image_format", "RGB"))
         self.augmentations = T.AugmentationList(list(instantiate(mapper.get("augmentations", []))))
         self.metadata = _metadata(cfg)
         self.model = build_model(cfg).to(torch.device(cfg.train.device)).eval()
-        AtomicCheckpointer(self.model).load(cfg.train.init_checkpoint)
+        checkpointer = build_checkpointer(cfg, self.model, config_file)
+        names = stored_class_names(checkpointer.load(cfg.train.init_checkpoint))
+        # The data set itself need not be on the machine.
+        if names is not None and self.metadata.get("thing_classes") is None:
+            self.metadata.set(thing_classes=names)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
@@ -236,17 +240,8 @@ def _check_detector(cfg: DictConfig) -> None:
 
 def _metadata(cfg: DictConfig) -> Metadata:
     """Class names of the config's test set, under no name, so that nothing else sees them."""
-    names = dataset_names(cfg, "test")
     metadata = Metadata()
-    if names:
-        node = cfg.dataloader.test.dataset
-        register_files(names, _given(node, "json_file"), _given(node, "image_root"))
-        classes = class_names(names[0])
-        if classes is not None:
-            metadata.set(thing_classes=classes)
+    classes = dataset_class_names(cfg, "test")
+    if classes is not None:
+        metadata.set(thing_classes=classes)
     return metadata
-
-
-def _given(node: DictConfig, key: str) -> str | None:
-    """A value that may be absent or left open ("???"); a demo needs no data set."""
-    return None if OmegaConf.is_missing(node, key) else node.get(key)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efficient_detr.engine.building import build_model
+from efficient_detr.engine.building import build_checkpointer, build_model
 from efficient_detr.engine.checkpointer import AtomicCheckpointer
 from efficient_detr.engine.checks import check_num_classes, dataset_names
 from efficient_detr.engine.trainer import AMP_DTYPES, Trainer
@@ -48,7 +48,7 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> Results | None:
         do_train(cfg, args)
         return None
     model = _build_model(cfg)
-    AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
+    build_checkpointer(cfg, model, args.config_file).load(cfg.train.init_checkpoint)
     return do_test(cfg, _distribute(model, cfg))
 
 
@@ -84,8 +84,11 @@ def do_train(cfg: DictConfig, args: argparse.Namespace) -> None:
             - ``optimizer``: builds the optimizer; ``optimizer.params.model`` is set to the model
             - ``lr_multiplier``: builds an fvcore ``ParamScheduler`` of the progress in [0, 1]
             - ``train.output_dir`` (str): where everything is written
-            - ``train.init_checkpoint`` (str): weights to start from, '' for none; weights of
-              another shape are skipped
+            - ``train.init_checkpoint`` (str): weights to start from, '' for none, in any format
+              of `efficient_detr.checkpoint.formats`; rows of classes that the file does not have,
+              and queries of another number, start anew
+            - ``train.allow_partial_checkpoint`` (bool): take what fits of any other file, too
+              (optional)
             - ``train.max_iter`` (int): iterations
             - ``train.seed`` (int): seed of everything random; negative for a random one
             - ``train.device`` (str): 'cuda' or 'cpu'
@@ -120,7 +123,9 @@ def do_train(cfg: DictConfig, args: argparse.Namespace) -> None:
         amp_dtype=AMP_DTYPES[cfg.train.amp.dtype] if cfg.train.amp.enabled else None,
         seed=cfg.train.seed,
     )
-    checkpointer = AtomicCheckpointer(trainer.model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = build_checkpointer(
+        cfg, trainer.model, args.config_file, cfg.train.output_dir, trainer=trainer
+    )
     trainer.register_hooks(_build_hooks(cfg, trainer, checkpointer))
     start_iter = _restore(cfg, args, trainer, checkpointer)
     trainer.train(start_iter, cfg.train.max_iter)
