@@ -26,14 +26,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import errno
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,7 +37,14 @@ from typing import Any
 
 import torch
 from detectron2.modeling import Backbone, SwinTransformer
-from kernel_benchmark.memory import peak_memory
+from kernel_benchmark.command import (
+    check_config_names,
+    check_counts,
+    check_device,
+    check_writable,
+    chosen_threads,
+)
+from kernel_benchmark.memory import in_own_process, peak_memory
 from kernel_benchmark.report import describe_machine, save_json
 from kernel_benchmark.timing import SHORTEST_TURN_SECONDS, Timing, clock_for, interleave
 from tabulate import tabulate
@@ -335,19 +338,13 @@ def measure_memory(
     """Peak memory of the parts; on a CPU in a process of its own, which has freed nothing yet."""
     if arguments.device != "cpu":
         return {part: peak_memory(work, torch.device("cuda")) for part, work in parts.items()}
-    command = [sys.executable, __file__, "--only-memory", "--config-file", config_file]
+    command = ["--only-memory", "--config-file", config_file]
     command += ["--sizes", f"{size[0]}x{size[1]}"]
     command += ["--threads", str(torch.get_num_threads())]
     command += ["--training"] if arguments.training else []
     command += ["--max-logits", str(parts["whole"].max_logits)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"The memory of {Path(config_file).stem} at {size[0]}x{size[1]} could not be measured: "
-            f"the process ended with status {done.returncode}; is there enough memory?"
-        )
-    found: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    what = f"{Path(config_file).stem} at {size[0]}x{size[1]}"
+    found: dict[str, int | None] = in_own_process(__file__, command, what)
     return found
 
 
@@ -437,43 +434,11 @@ def image_size(text: str) -> Size:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is measured."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none here.")
-    for name in ("rounds", "threads", "max_logits"):
-        number = getattr(arguments, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}.")
-    stems = [Path(file).stem for file in arguments.config_file]
-    if len(set(stems)) < len(stems):
-        raise UserError(f"--config-file: the files {', '.join(stems)} must differ in name.")
+    check_device(arguments.device)
+    check_counts(arguments, ("rounds", "threads", "max_logits"))
+    check_config_names(arguments.config_file)
     if arguments.json is not None:
-        check_writable(arguments.json)
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of a file, and check that the file can be written."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--json {path} cannot be written ({error.strerror or error}): give a file in a "
-            "folder that you may write to."
-        ) from error
-
-
-@contextmanager
-def chosen_threads(threads: int | None) -> Iterator[None]:
-    """Compute with a number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        check_writable(arguments.json, "--json")
 
 
 def save(rows: Sequence[Row], arguments: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from kernel_benchmark import report
 from kernel_benchmark.attention import PRECISIONS, plan_attention
 from kernel_benchmark.case import Case, Contender, Plan, relative_error
 from kernel_benchmark.clustering import plan_clustering
+from kernel_benchmark.command import check_counts, check_device, check_writable
 from kernel_benchmark.dat import plan_dat
 from kernel_benchmark.report import Measurement, Row
 from kernel_benchmark.timing import (
@@ -146,28 +146,13 @@ def benchmark(arguments: argparse.Namespace) -> Findings:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none here.")
-    for name in ("rounds", "threads"):
-        number = getattr(arguments, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name} must be at least 1, not {number}.")
-    for path in filter(None, (arguments.json, arguments.plot)):
-        check_writable(path)
+    check_device(arguments.device)
+    check_counts(arguments, ("rounds", "threads"))
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            check_writable(path, option)
     if arguments.plot and arguments.plot.suffix != ".png":
         raise UserError(f"--plot draws PNG files, so the name must end in .png: {arguments.plot}")
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a result file that could not be written when everything has been measured."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def select(plans: Iterable[Plan], names: Sequence[str] | None) -> list[Plan]:

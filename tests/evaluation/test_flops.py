@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn import ActivationCountAnalysis
 from torch import Tensor, nn
 
 from efficient_detr.evaluation import (
@@ -20,22 +21,6 @@ from efficient_detr.evaluation import (
     stage_modules,
     tensor_shape,
 )
-from efficient_detr.modeling.backbones.neighborhood_attention import NeighborhoodAttention
-from efficient_detr.ops import (
-    cluster_broadcast,
-    cluster_mean,
-    cluster_tokens,
-    draw_projections,
-    fused_multi_scale_deformable_attention,
-    library,
-    multi_scale_deformable_attention,
-)
-from efficient_detr.ops.deformable_attention_pytorch import (
-    sample_by_embedding_bag,
-    sample_by_grid_sample,
-)
-from efficient_detr.structures import SpatialShapes
-from tests.tiny_models import tiny_model
 
 B, LENGTH, C, H = 2, 5, 8, 2
 
@@ -69,78 +54,6 @@ class Call(nn.Module):
         return self.function(tokens)
 
 
-class TorchAttention(nn.Module):
-    """nn.MultiheadAttention; another key tensor keeps it off its fused inference path."""
-
-    def __init__(self, *, need_weights: bool, fused: bool = False, mask: bool = False) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(C, H, batch_first=True)
-        self.need_weights, self.fused, self.mask = need_weights, fused, mask
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        key = tokens if self.fused else tokens + 1
-        mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool) if self.mask else None
-        return self.attention(tokens, key, key, need_weights=self.need_weights, attn_mask=mask)[0]
-
-
-class ProjectedAttention(nn.Module):
-    """Four linear layers around an attention given as a function of (B, H, tokens, C / H)."""
-
-    def __init__(self, attend) -> None:
-        super().__init__()
-        self.projections = nn.ModuleList(nn.Linear(C, C) for _ in range(4))
-        self.attend = attend
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = (
-            layer(tokens).unflatten(-1, (H, C // H)).transpose(1, 2)
-            for layer in self.projections[:3]
-        )
-        return self.projections[3](self.attend(query, key, value).transpose(1, 2).flatten(2))
-
-
-def attend_by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.transpose(-1, -2) / 2).softmax(-1) @ value
-
-
-def attend_by_einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    weights = torch.einsum("...qd,...kd->...qk", query, key).softmax(-1)
-    return torch.einsum("bhqk,bhkd->bhqd", weights, value)
-
-
-def attend_by_baddbmm(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    bias = torch.zeros(LENGTH, LENGTH)
-    scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
-    return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).unflatten(0, (B, H))
-
-
-# Four projections of B * LENGTH tokens, C x C each: 4 * 10 * 64 = 2560.
-# Scores and weighted sum, C / H channels in each of H heads: 2 * B * LENGTH^2 * C = 800.
-ATTENTION = 2560 + 800
-
-
-@pytest.mark.parametrize(
-    ("form", "operator"),
-    [
-        (ProjectedAttention(attend_by_matmul), "aten::matmul"),
-        (ProjectedAttention(attend_by_einsum), "aten::einsum"),
-        (ProjectedAttention(attend_by_baddbmm), "aten::baddbmm"),
-        (
-            ProjectedAttention(F.scaled_dot_product_attention),
-            "aten::scaled_dot_product_attention",
-        ),
-        (TorchAttention(need_weights=True), "aten::bmm"),
-        (TorchAttention(need_weights=True, mask=True), "aten::baddbmm"),
-        (TorchAttention(need_weights=False), "aten::scaled_dot_product_attention"),
-        (TorchAttention(need_weights=False, fused=True), "aten::_native_multi_head_attention"),
-    ],
-)
-def test_all_forms_of_one_attention_cost_the_same(form: nn.Module, operator: str) -> None:
-    result = count(form)
-    assert operator in result.operators
-    assert result.total == ATTENTION
-
-
 def test_cross_attention_with_other_value_width() -> None:
     # 3 queries, 7 keys of 4 channels, values of 6 channels, 2 heads, 1 image:
     # 2 * 3 * 7 * (4 + 6) = 420.
@@ -149,110 +62,6 @@ def test_cross_attention_with_other_value_width() -> None:
         return F.scaled_dot_product_attention(query, key, value)
 
     assert count(Call(attend)).total == 420
-
-
-def test_fused_encoder_layer_costs_what_its_parts_cost() -> None:
-    layer = nn.TransformerEncoderLayer(C, H, 3 * C, batch_first=True).eval().requires_grad_(False)
-    attention, norms = layer.self_attn, (layer.norm1, layer.norm2)
-
-    def fused(tokens: Tensor) -> Tensor:
-        return torch._transformer_encoder_layer_fwd(
-            tokens, C, H,
-            attention.in_proj_weight, attention.in_proj_bias,
-            attention.out_proj.weight, attention.out_proj.bias,
-            False, False, 1e-5,
-            norms[0].weight, norms[0].bias, norms[1].weight, norms[1].bias,
-            layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
-        )  # fmt: skip
-
-    # Two affine norms of 10 tokens, 5 an element: 2 * 5 * 80 = 800.
-    # Two linear layers between 8 and 24 channels: 2 * 10 * 8 * 24 = 3840.
-    expected = ATTENTION + 800 + 3840
-    assert count(Call(fused)).operators == {"aten::_transformer_encoder_layer_fwd": expected}
-    assert count(layer).total == expected
-
-
-def plain_compiled(value: Tensor, shapes: SpatialShapes, *sampling: Tensor) -> Tensor:
-    return multi_scale_deformable_attention(value, shapes, *sampling, implementation="compiled")
-
-
-def through_fused(implementation: str) -> Callable[..., Tensor]:
-    """The fused function, fed with references and logits instead of locations and weights."""
-
-    def sample(value: Tensor, shapes: SpatialShapes, points: Tensor, weights: Tensor) -> Tensor:
-        reference = torch.rand(*points.shape[:2], len(shapes), 2)
-        return fused_multi_scale_deformable_attention(
-            value, shapes, reference, points, weights, implementation=implementation
-        )
-
-    return sample
-
-
-no_kernels = library.missing_reason(torch.device("cpu"))
-needs_kernels = pytest.mark.skipif(
-    bool(no_kernels), reason=f"needs the compiled kernels, but {no_kernels}"
-)
-
-
-@pytest.mark.parametrize(
-    "sample",
-    [
-        pytest.param(sample_by_grid_sample, id="grid_sample"),
-        pytest.param(sample_by_embedding_bag, id="embedding_bag"),
-        pytest.param(through_fused("pytorch"), id="fused"),
-        pytest.param(plain_compiled, id="compiled", marks=needs_kernels),
-        pytest.param(through_fused("compiled"), id="compiled_fused", marks=needs_kernels),
-    ],
-)
-def test_all_forms_of_deformable_sampling_cost_the_same(sample: Callable[..., Tensor]) -> None:
-    images, queries, heads, channels, points = 2, 3, 2, 4, 5
-    shapes = [(4, 6), (2, 3)]
-
-    def run(tokens: Tensor) -> Tensor:
-        value = torch.rand(images, 30, heads, channels)
-        locations = torch.rand(images, queries, heads, 2, points, 2)
-        weights = torch.rand(images, queries, heads, 2, points)
-        return sample(value, shapes, locations, weights)
-
-    # 4 corners for each of B * Q * H * L * P * D = 2 * 3 * 2 * 2 * 5 * 4 = 480 samples. The sum
-    # over points is elementwise in one form and part of the corner weights in the other; softmax
-    # and the arithmetic of locations are not counted.
-    assert count(Call(run)).total == 4 * 480
-
-
-@pytest.mark.parametrize(
-    "implementation", ["pytorch", pytest.param("compiled", marks=needs_kernels)]
-)
-def test_both_forms_of_clustering_cost_the_same(implementation: str) -> None:
-    projections = draw_projections(4, 6)
-
-    def run(tokens: Tensor) -> Tensor:
-        points = torch.rand(2, 3, 7, 4)
-        assignment = cluster_tokens(points, projections, implementation=implementation)
-        prototypes = cluster_mean(
-            points, assignment.ids, assignment.counts, implementation=implementation
-        )
-        return cluster_broadcast(prototypes, assignment.ids, implementation=implementation)
-
-    # Hashing projects B * H * N = 42 tokens of D = 4 channels to T = 6 directions: 42 * 4 * 6.
-    # The mean adds up 42 * 4 numbers.
-    assert count(Call(run)).total == 42 * 4 * 6 + 42 * 4
-
-
-@needs_kernels
-def test_a_detector_costs_the_same_with_and_without_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = tiny_model("dino")
-    counts = []
-    for implementation in ("pytorch", "compiled"):
-        monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, implementation)
-        counts.append(count_flops(model, [{"image": torch.zeros(3, 64, 96)}]))
-    without, with_kernels = counts
-    assert without.stages == with_kernels.stages
-    name = "efficient_detr::fused_multi_scale_deformable_attention"
-    assert with_kernels.operators[name] > 0
-    assert name not in without.operators
 
 
 @pytest.mark.parametrize(
@@ -340,18 +149,6 @@ def test_einsum_of_three_asks_for_products_of_two() -> None:
 @torch.library.custom_op("efficient_detr_test::row_products", mutates_args=())
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-1)
-
-
-def test_neighborhood_attention_is_counted() -> None:
-    """Query times key and weight times value for 3 x 3 neighbours, however they are computed."""
-    attention = NeighborhoodAttention(channels=C, num_heads=H, kernel_size=3)
-    result = count(attention, torch.rand(B, 4, LENGTH, C))
-    cells = B * 4 * LENGTH
-    assert result.operators == {
-        "aten::linear": cells * C * (3 * C + C),
-        "efficient_detr::neighborhood_attention": 2 * cells * 3 * 3 * C,
-    }
-    assert result.total == sum(result.operators.values())
 
 
 @pytest.fixture
@@ -450,15 +247,100 @@ def test_modules_whose_output_is_thrown_away_are_counted() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(C, C)
-            self.attention = TorchAttention(need_weights=False, fused=True)
+            self.attention = nn.MultiheadAttention(C, H, batch_first=True)
 
         def forward(self, tokens: Tensor) -> Tensor:
             self.layer(tokens)
-            self.attention(tokens)
+            self.attention(tokens, tokens, tokens, need_weights=False)
             return tokens
 
-    # 10 tokens through 8 x 8 weights, and the attention of the tests above.
-    assert count(Wasteful()).total == 640 + ATTENTION
+    # 10 tokens through 8 x 8 weights; four such projections of the attention, and two products of
+    # 5 x 5 tokens of 8 channels for both images.
+    assert count(Wasteful()).total == 640 + 4 * 640 + 2 * 2 * 25 * 8
+
+
+def test_activations_are_those_of_fvcore() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduce = nn.Linear(C, 3)
+            self.filter = nn.Conv1d(LENGTH, 4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            filtered = self.filter(tokens).relu()  # (2, 4, 6)
+            return self.reduce(tokens).softmax(-1).sum() + filtered @ filtered.transpose(1, 2)
+
+    tokens = torch.rand(B, LENGTH, C)
+    # The linear layer 2 * 5 * 3, the convolution 2 * 4 * 6, the product 2 * 4 * 4.
+    assert count(Plain(), tokens).activations == {"part": 30 + 48 + 32}
+    assert ActivationCountAnalysis(Plain(), tokens).total() == 110
+
+
+class DecoderWithHeads(nn.Module):
+    """A decoder whose second head is also that of the proposals, and a layer of its own."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(C, C, bias=False)  # 64
+        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(C, 2, bias=False)), shared])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.layer(tokens)
+        return self.heads[0](tokens).sum() + self.heads[1](tokens).sum() + self.layer(tokens).sum()
+
+
+class DetectorWithHeads(nn.Module):
+    """Proposals and decoder share a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(C, C, bias=False)
+        self.proposals = nn.Sequential(nn.Linear(C, 3, bias=False))
+        self.decoder = DecoderWithHeads(self.proposals)
+        self.later = nn.Linear(C, 1, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.encoder(tokens)
+        return self.proposals(tokens).sum() + self.decoder(tokens) + self.later(tokens).sum()
+
+
+class ModelWithHeads(FakeModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector: Any = DetectorWithHeads()
+
+
+def test_heads_are_a_stage_beside_the_decoder() -> None:
+    model = ModelWithHeads()
+    names = ["encoder", "proposals", "decoder", "heads", "later"]
+    assert list(stage_modules(model)) == names
+    assert stage_modules(model)["heads"] is model.detector.decoder.heads
+    result = count_flops(model, [{"image": torch.rand(1, 10, C)}])
+    # 10 tokens; the decoder runs its layer twice, and a head of 2 and one of 3 channels.
+    assert result.stages == dict(zip(names, [640, 240, 2 * 640, 10 * 8 * (2 + 3), 80], strict=True))
+    assert list(result.stages) == names
+    assert result.activations == dict(zip(names, [80, 30, 160, 50, 10], strict=True))
+    # The head that proposals and decoder share belongs to the first of them.
+    parameters = count_parameters(model).stages
+    assert [parameters[name] for name in names] == [64, 24, 64, 16, 8]
+
+
+class BorrowingEncoder(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.head(tokens).sum()
+
+
+def test_a_head_of_the_decoder_that_the_encoder_calls_is_charged_to_the_encoder() -> None:
+    model = ModelWithHeads()
+    detector = model.detector
+    detector.encoder = BorrowingEncoder(detector.decoder.heads[0])
+    stages = count_flops(model, [{"image": torch.rand(1, 10, C)}]).stages
+    assert stages["encoder"] == 10 * 8 * 2
+    assert stages["heads"] == 10 * 8 * (2 + 3)
 
 
 def test_shared_parameters_count_once() -> None:

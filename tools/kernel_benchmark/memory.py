@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from efficient_detr.errors import UserError
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -44,6 +51,31 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
         return None
     work()
     return max(_kilobytes("VmHWM") - resident, 0) * 1024
+
+
+def in_own_process(script: str, arguments: Sequence[str], what: str) -> Any:
+    """Run a command that measures memory in a process that has freed nothing yet.
+
+    Args:
+        script: Python file of the command; its last printed line is JSON.
+        arguments: its command line.
+        what: is measured, for the sentence about a failure.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        UserError: if the process fails, or the system ends it for want of memory.
+    """
+    command = [sys.executable, script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"The memory of {what} could not be measured: the process ended with status "
+            f"{done.returncode}; is there enough memory?"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _return_freed_memory() -> None:

@@ -13,7 +13,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,17 +117,22 @@ def interleave(
     gc.collect()
     repetitions = {name: _repetitions(call, clock, turn_seconds) for name, call in calls.items()}
     turns: dict[str, list[tuple[float, float | None]]] = {name: [] for name in calls}
-    names = list(calls)
     start = time.perf_counter()
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+    for index, order in enumerate(round_robin(list(calls), rounds)):
+        for name in order:
             turns[name].append(clock.turn(calls[name], repetitions[name]))
         on_round()
         too_long = time.perf_counter() - start > LONGEST_CASE_SECONDS
         if too_long and index + 1 >= FEWEST_ROUNDS:
             break
-    return {name: _summarize(turns[name]) for name in names}
+    return {name: _summarize(taken) for name, taken in turns.items()}
+
+
+def round_robin(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The order of each round: everyone in turn, starting with another one each round."""
+    for index in range(rounds):
+        first = index % len(names)
+        yield [*names[first:], *names[:first]]
 
 
 def _repetitions(call: Call, clock: Clock, turn_seconds: float) -> int:
@@ -139,8 +144,13 @@ def _repetitions(call: Call, clock: Clock, turn_seconds: float) -> int:
 def _summarize(turns: list[tuple[float, float | None]]) -> Timing:
     walls = [wall for wall, _ in turns]
     computing = [cpu for _, cpu in turns if cpu is not None]
-    spread = statistics.median(walls) / min(walls) - 1
-    return Timing(min(walls), min(computing) if computing else None, spread, len(turns))
+    return Timing(min(walls), min(computing) if computing else None, spread_of(walls), len(turns))
+
+
+def spread_of(seconds: Sequence[float]) -> float:
+    """(median - minimum) / minimum; 0 if nothing took any time."""
+    least = min(seconds)
+    return statistics.median(seconds) / least - 1 if least else 0.0
 
 
 def copy_bandwidth(device: torch.device, clock: Clock, rounds: int, megabytes: int) -> float:

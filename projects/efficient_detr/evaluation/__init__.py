@@ -1,5 +1,6 @@
 """Evaluation: FLOPs, parameters and kept tokens beside Detectron2's accuracy evaluators."""
 
+from efficient_detr.evaluation.data_dependence import DataRecorder, DataStatistics
 from efficient_detr.evaluation.flop_handlers import (
     FlopHandler,
     is_given,
@@ -15,21 +16,23 @@ from efficient_detr.evaluation.flops import (
 )
 from efficient_detr.evaluation.flops_evaluator import (
     FlopsEvaluator,
-    TokenStatistics,
     build_evaluators,
     describe_cost,
+    describe_data,
 )
 
 __all__ = [
+    "DataRecorder",
+    "DataStatistics",
     "FlopCount",
     "FlopHandler",
     "FlopsEvaluator",
     "ParameterCount",
-    "TokenStatistics",
     "build_evaluators",
     "count_flops",
     "count_parameters",
     "describe_cost",
+    "describe_data",
     "is_given",
     "register_flop_handler",
     "stage_modules",

@@ -202,7 +202,7 @@ def _not_counted(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """For operators that fvcore would skip in silence."""
 
 
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     "aten::_convolution",
     "aten::_convolution_mode",
     "aten::convolution",
@@ -210,7 +210,7 @@ _CONVOLUTIONS = (
     "aten::conv2d",
     "aten::conv3d",
 )
-_MATRIX_PRODUCTS = (
+MATRIX_PRODUCTS = (
     "aten::linear",
     "aten::matmul",
     "aten::mm",
@@ -218,7 +218,7 @@ _MATRIX_PRODUCTS = (
     "aten::mv",
     "aten::dot",
 )
-_MATRIX_PRODUCTS_PLUS = (
+MATRIX_PRODUCTS_PLUS = (
     "aten::addmm",
     "aten::addmm_",
     "aten::_addmm_activation",
@@ -227,7 +227,7 @@ _MATRIX_PRODUCTS_PLUS = (
     "aten::baddbmm",
     "aten::baddbmm_",
 )
-_FUSED_ATTENTIONS = (
+FUSED_ATTENTIONS = (
     "aten::scaled_dot_product_attention",
     "aten::_scaled_dot_product_attention_math",
     "aten::_scaled_dot_product_attention_math_for_mps",
@@ -246,10 +246,10 @@ _QUIET_IN_FVCORE = (
 
 _HANDLERS: dict[str, FlopHandler] = {
     **{f"aten::{name}": _not_counted for name in _QUIET_IN_FVCORE.split()},
-    **dict.fromkeys(_CONVOLUTIONS, _convolution),
-    **dict.fromkeys(_MATRIX_PRODUCTS, _matrix_product),
-    **dict.fromkeys(_MATRIX_PRODUCTS_PLUS, _matrix_product_plus),
-    **dict.fromkeys(_FUSED_ATTENTIONS, _fused_attention),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(MATRIX_PRODUCTS, _matrix_product),
+    **dict.fromkeys(MATRIX_PRODUCTS_PLUS, _matrix_product_plus),
+    **dict.fromkeys(FUSED_ATTENTIONS, _fused_attention),
     "aten::addbmm": _summed_batch_product,
     "aten::einsum": _einsum,
     "aten::_native_multi_head_attention": _native_multi_head_attention,

@@ -7,7 +7,8 @@ counting with fvcore alone:
 - fused operators are counted (attention, weighted embedding bags, registered custom operators);
 - the cost is split over the stages of the detector: an operator belongs to the outermost stage that
   is running, so a head shared by encoder and decoder is charged to whoever calls it, and stages add
-  up;
+  up; only the heads that the decoder calls are a stage of their own;
+- activations are counted in the same pass;
 - operators that were met but not counted are returned, including those that fvcore and Detectron2
   hide;
 - a module that runs is counted even if its output is thrown away, which the tracer would drop.
@@ -18,19 +19,27 @@ One multiply-add counts as 1 FLOP.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from efficient_detr.evaluation.activation_handlers import ACTIVATION_HANDLERS
+from efficient_detr.evaluation.data_dependence import DataRecorder
 from efficient_detr.evaluation.flop_handlers import FREE_OPERATORS, FlopHandler, registered_handlers
 
 OTHER_STAGE = "other"
 """Name of the remainder: what runs or lives outside every stage, such as image normalisation."""
+
+HEADS_STAGE = "heads"
+"""Prediction heads, as far as the decoder calls them."""
+
+_CONTAINERS = {HEADS_STAGE: "decoder"}
+"""Stages that are part of another stage, which counts without them."""
 
 # Where the model is inside Detectron2's TracingAdapter (which FlopCountAnalysis makes) and
 # _WitnessedModel: both hold what they wrap under the name "model".
@@ -46,19 +55,25 @@ class FlopCount:
 
     Attributes:
         total: all multiply-adds.
-        stages: multiply-adds per stage in the order in which the detector registers its stages, and
-            a last entry ``"other"`` if something ran outside them; the values sum to ``total``.
+        stages: multiply-adds per stage in the order of :func:`stage_modules`, and a last entry
+            ``"other"`` if something ran outside them; the values sum to ``total``.
+        activations: elements that convolutions and matrix products put out, per stage; see
+            :mod:`efficient_detr.evaluation.activation_handlers`.
         operators: multiply-adds per operator, ``{"aten::linear": ...}``.
         uncounted: how often each operator ran that has a cost nobody counts (softmax, top-k,
             additions...).
         image_sizes: (height, width) in pixels of every image of the batch, before padding.
+        data: numbers of tokens and clusters in this very pass, means over the batch; see
+            :class:`~efficient_detr.evaluation.data_dependence.DataStatistics`.
     """
 
     total: int
     stages: dict[str, int]
+    activations: dict[str, int]
     operators: dict[str, int]
     uncounted: dict[str, int]
     image_sizes: list[tuple[int, int]]
+    data: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,11 +110,22 @@ def stage_modules(model: nn.Module) -> dict[str, nn.Module]:
             detector, any other into its own children.
 
     Returns:
-        Name -> module in the order of registration.
+        Name -> module in the order of registration, which is the order in which they run. After
+        the decoder of a detector come its ``heads``, which it contains: counts of the decoder are
+        without them, and so must be whatever is summed over stages.
     """
     model = unwrap(model)
     detector = getattr(model, "detector", None)
-    return dict((detector if isinstance(detector, nn.Module) else model).named_children())
+    if not isinstance(detector, nn.Module):
+        return dict(model.named_children())
+    stages: dict[str, nn.Module] = {}
+    for name, module in detector.named_children():
+        stages[name] = module
+        for part, container in _CONTAINERS.items():
+            nested = getattr(module, part, None)
+            if name == container and isinstance(nested, nn.Module):
+                stages[part] = nested
+    return stages
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -109,16 +135,26 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         model: see :func:`stage_modules`; data-parallel wrappers are looked through.
     """
     model = unwrap(model)
-    every: dict[str, int] = {}
-    trainable: dict[str, int] = {}
+    modules = {**stage_modules(model), OTHER_STAGE: model}
+    fresh: dict[str, list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for stage, module in [*stage_modules(model).items(), (OTHER_STAGE, model)]:
-        fresh = [parameter for parameter in module.parameters() if id(parameter) not in seen]
-        seen.update(id(parameter) for parameter in fresh)
-        if fresh or stage != OTHER_STAGE:
-            every[stage] = sum(parameter.numel() for parameter in fresh)
-            trainable[stage] = sum(p.numel() for p in fresh if p.requires_grad)
+    for stage in _parts_first(modules):
+        fresh[stage] = [p for p in modules[stage].parameters() if id(p) not in seen]
+        seen.update(id(parameter) for parameter in fresh[stage])
+    shown = [stage for stage in modules if fresh[stage] or stage != OTHER_STAGE]
+    every = {stage: sum(p.numel() for p in fresh[stage]) for stage in shown}
+    trainable = {stage: sum(p.numel() for p in fresh[stage] if p.requires_grad) for stage in shown}
     return ParameterCount(sum(every.values()), sum(trainable.values()), every, trainable)
+
+
+def _parts_first(stages: Iterable[str]) -> list[str]:
+    """The stages in their order, but each before the one that contains it."""
+    ordered = list(stages)
+    for part, container in _CONTAINERS.items():
+        if part in ordered and container in ordered:
+            ordered.remove(part)
+            ordered.insert(ordered.index(container), part)
+    return ordered
 
 
 def count_flops(model: nn.Module, batched_inputs: Sequence[Mapping[str, Any]]) -> FlopCount:
@@ -137,9 +173,11 @@ def count_flops(model: nn.Module, batched_inputs: Sequence[Mapping[str, Any]]) -
     """
     model = unwrap(model)
     inputs = [{key: item[key] for key in _INFERENCE_KEYS if key in item} for item in batched_inputs]
+    data = DataRecorder(model)
     with _undisturbed(model):
+        data.start()
         analysis = FlopCountAnalysis(_WitnessedModel(model), inputs)
-        recorder = _Recorder(_stage_scopes(model, analysis))
+        recorder = _Recorder(list(stage_modules(model)), _stage_scopes(model, analysis))
         # Clearing first also drops Detectron2's list of operators to keep quiet about.
         analysis.clear_op_handles()
         analysis.set_op_handle(**dict.fromkeys(FREE_OPERATORS))
@@ -147,15 +185,14 @@ def count_flops(model: nn.Module, batched_inputs: Sequence[Mapping[str, Any]]) -
             analysis.set_op_handle(name, recorder.handler(name, handler))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         total = int(analysis.total())
-    stages = dict(recorder.stages)
-    if total != sum(stages.values()):
-        stages[OTHER_STAGE] = total - sum(stages.values())
     return FlopCount(
         total=total,
-        stages=stages,
+        stages=_without_empty_rest(recorder.stages),
+        activations=_without_empty_rest(recorder.activations),
         operators=dict(recorder.operators.most_common()),
         uncounted=dict((analysis.unsupported_ops() + recorder.uncounted).most_common()),
         image_sizes=[_image_size(item["image"]) for item in inputs],
+        data=dict(data.statistics().means()),
     )
 
 
@@ -179,8 +216,19 @@ class _WitnessedModel(nn.Module):
         return self.model(batched_inputs), self.witnesses
 
     def _witness(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        values = output if isinstance(output, (tuple, list)) else [output]
-        self.witnesses += [value.new_empty(0) for value in values if isinstance(value, Tensor)]
+        self.witnesses += [value.new_empty(0) for value in _tensors_in(output)]
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors that a module puts out, by themselves or in sequences and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors_in(value)
+    elif is_dataclass(output):
+        for attribute in fields(output):
+            yield from _tensors_in(getattr(output, attribute.name))
 
 
 @dataclass
@@ -192,52 +240,73 @@ class _Recorder:
     decides it without ambiguity.
     """
 
-    stage_scopes: dict[str, str]  # scope name of the stage -> stage
+    stage_names: Sequence[str]
+    stage_scopes: dict[str, list[str]]  # scope name of a module -> stages that it stands for
     stages: dict[str, int] = field(init=False)
+    activations: dict[str, int] = field(init=False)
     operators: Counter[str] = field(default_factory=Counter)
     uncounted: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.stages = dict.fromkeys(self.stage_scopes.values(), 0)
+        names = [*self.stage_names, OTHER_STAGE]
+        self.stages, self.activations = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
 
     def handler(self, operator: str, handler: FlopHandler) -> FlopHandler:
         """Wraps one operator's handler so that what it counts is also noted here."""
+        count_activations = ACTIVATION_HANDLERS.get(operator)
 
         def note(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             count = handler(inputs, outputs)
             if count is None:
                 self.uncounted[operator] += 1
                 return 0
+            stage = self._stage(outputs[0].node().scopeName())
             self.operators[operator] += count
-            stage = self._outermost_stage(outputs[0].node().scopeName())
-            if stage is not None:
-                self.stages[stage] += count
+            self.stages[stage] += count
+            if count_activations is not None:
+                self.activations[stage] += count_activations(inputs, outputs) or 0
             return count
 
         return note
 
-    def _outermost_stage(self, scope_path: str) -> str | None:
-        """The stage of the first staged module of a path such as ``/model/model.detector/...``."""
+    def _stage(self, scope_path: str) -> str:
+        """The stage that pays for a path of modules such as ``/model/model.detector/...``.
+
+        It is the outermost one, or that part of it which is a stage of its own.
+        """
+        found = OTHER_STAGE
         for scope in scope_path.split("/"):
-            # A stage that is only a container (a ModuleList) never runs itself, but its members do.
-            while scope:
-                if scope in self.stage_scopes:
-                    return self.stage_scopes[scope]
-                scope = scope.rpartition(".")[0]
-        return None
+            for stage in self._stages_of_module(scope):
+                if found in (OTHER_STAGE, _CONTAINERS.get(stage)):
+                    found = stage
+        return found
+
+    def _stages_of_module(self, scope: str) -> list[str]:
+        # A stage that is only a container (a ModuleList) never runs itself, but its members do.
+        while scope:
+            if scope in self.stage_scopes:
+                return self.stage_scopes[scope]
+            scope = scope.rpartition(".")[0]
+        return []
 
 
-def _stage_scopes(model: nn.Module, analysis: FlopCountAnalysis) -> dict[str, str]:
-    """Maps the name under which the trace knows a stage to the stage's own name.
+def _without_empty_rest(stages: Mapping[str, int]) -> dict[str, int]:
+    return {stage: count for stage, count in stages.items() if count or stage != OTHER_STAGE}
 
-    A module that is registered in several places runs under the first of its names.
+
+def _stage_scopes(model: nn.Module, analysis: FlopCountAnalysis) -> dict[str, list[str]]:
+    """Maps names under which the trace knows modules to the stages that these stand for.
+
+    A module that is registered in several places runs under the first of its names. So each member
+    of a container, such as a head that the proposals share, stands for the container's stage, too.
     """
-    path = [*_PATH_TO_MODEL]
-    if isinstance(getattr(model, "detector", None), nn.Module):
-        path.append("detector")
-    scopes: dict[str, str] = {}
-    for stage in stage_modules(model):
-        scopes.setdefault(analysis.canonical_module_name(".".join([*path, stage])), stage)
+    root = ".".join(_PATH_TO_MODEL)
+    paths = {id(module): name for name, module in model.named_modules()}
+    scopes: dict[str, list[str]] = {}
+    for stage, module in stage_modules(model).items():
+        members = [module, *(module.children() if stage in _CONTAINERS else ())]
+        for path in dict.fromkeys(paths[id(member)] for member in members):
+            scopes.setdefault(analysis.canonical_module_name(f"{root}.{path}"), []).append(stage)
     return scopes
 
 

@@ -1,4 +1,4 @@
-"""Cost beside accuracy: one evaluation reports AP, GFLOPs, parameters and kept tokens.
+"""Cost beside accuracy: one evaluation reports AP, GFLOPs, parameters, kept tokens and clusters.
 
 :class:`FlopsEvaluator` is a Detectron2 evaluator that needs the model. A config cannot name the
 model, so a config's ``dataloader.evaluator`` stays the accuracy evaluator alone, and whoever runs
@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
@@ -21,6 +20,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
+from efficient_detr.evaluation.data_dependence import DataRecorder, DataStatistics
 from efficient_detr.evaluation.flops import (
     FlopCount,
     ParameterCount,
@@ -28,51 +28,11 @@ from efficient_detr.evaluation.flops import (
     count_parameters,
     unwrap,
 )
-from efficient_detr.structures import DetectorOutput
 
 GIGA = 1e9
 MEGA = 1e6
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TokenStatistics:
-    """Sums of token numbers over images; means are taken after adding up all processes.
-
-    Attributes:
-        images: number of images seen.
-        tokens: tokens over all levels, summed over images, padding of the batch included.
-        kept: encoder layer -> tokens that the layer updated, summed over images.
-    """
-
-    images: int = 0
-    tokens: int = 0
-    kept: Counter[int] = field(default_factory=Counter)
-
-    def add(self, output: DetectorOutput) -> None:
-        """Adds the images of one batch."""
-        batch = len(output.prediction.logits)
-        self.images += batch
-        self.tokens += batch * sum(height * width for height, width in output.memory.spatial_shapes)
-        if output.selection is not None:
-            kept = output.selection.kept_tokens().sum(1).tolist()
-            self.kept.update(dict(enumerate(kept)))
-
-    def merge(self, other: TokenStatistics) -> None:
-        """Adds what another process has seen."""
-        self.images += other.images
-        self.tokens += other.tokens
-        self.kept.update(other.kept)
-
-    def means(self) -> OrderedDict[str, float]:
-        """``tokens-total`` and ``tokens-encoder-<layer>`` per image; empty without images."""
-        result: OrderedDict[str, float] = OrderedDict()
-        if self.images:
-            result["tokens-total"] = self.tokens / self.images
-            for layer in sorted(self.kept):
-                result[f"tokens-encoder-{layer}"] = self.kept[layer] / self.images
-        return result
 
 
 class FlopsEvaluator(DatasetEvaluator):
@@ -81,7 +41,7 @@ class FlopsEvaluator(DatasetEvaluator):
     FLOPs are counted on the first images of the data set, one image at a time, and averaged;
     counting costs about one more forward pass an image. In distributed evaluation the main process
     counts, so that the images and the result do not depend on the number of processes. Kept tokens
-    are averaged over all images of all processes.
+    and clusters are averaged over all images of all processes.
 
     A model that cannot be traced costs a warning, not the evaluation: the result then lacks the
     GFLOPs.
@@ -100,21 +60,15 @@ class FlopsEvaluator(DatasetEvaluator):
             raise ValueError(f"num_images must be 0 or more, but is {num_images}.")
         self._model = unwrap(model)
         self._num_images = num_images
-        self._hook: Any = None
-        self._counting = False
         self._gave_up = False
         self._counts: list[FlopCount] = []
-        self._tokens = TokenStatistics()
+        self._data = DataRecorder(self._model)
 
     def reset(self) -> None:
         """Forgets earlier results and starts to listen to the detector."""
-        self._stop_listening()
         self._gave_up = False
         self._counts = []
-        self._tokens = TokenStatistics()
-        detector = getattr(self._model, "detector", None)
-        if isinstance(detector, nn.Module):
-            self._hook = detector.register_forward_hook(self._listen)
+        self._data.start()
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Any) -> None:
         """Counts FLOPs while fewer than ``num_images`` images have been counted.
@@ -136,31 +90,22 @@ class FlopsEvaluator(DatasetEvaluator):
         Returns:
             ``{"flops": {...}}`` on the main process, else None. Keys: ``GFLOPs`` and ``parameters``
             (a number of elements) in total, ``GFLOPs-<stage>``, ``parameters-trainable``,
-            ``tokens-total`` and ``tokens-encoder-<layer>``, all means per image.
+            and what depends on the images (see :class:`DataStatistics`); all means per image.
         """
-        self._stop_listening()
-        gathered = comm.gather(self._tokens)
+        self._data.stop()
+        gathered = comm.gather(self._data.statistics())
         if not comm.is_main_process():
             return None
-        tokens = TokenStatistics()
+        data = DataStatistics()
         for statistics in gathered:
-            tokens.merge(statistics)
+            data.merge(statistics)
         parameters = count_parameters(self._model)
-        logger.info(describe_cost(self._counts, parameters, tokens.means()))
-        return OrderedDict(flops=_results(self._counts, parameters, tokens.means()))
-
-    def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # A counting pass repeats an image that was already seen.
-        if isinstance(output, DetectorOutput) and not self._counting:
-            self._tokens.add(output)
-
-    def _stop_listening(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        logger.info(describe_cost(self._counts, parameters, data.means()))
+        return OrderedDict(flops=_results(self._counts, parameters, data.means()))
 
     def _count(self, image: Mapping[str, Any]) -> None:
-        self._counting = True
+        # A counting pass repeats an image that was already seen.
+        self._data.paused = True
         try:
             self._counts.append(count_flops(self._model, [image]))
         except Exception as error:  # whatever a tracer may raise must not cost the AP
@@ -172,7 +117,7 @@ class FlopsEvaluator(DatasetEvaluator):
                 error,
             )
         finally:
-            self._counting = False
+            self._data.paused = False
 
 
 def build_evaluators(
@@ -198,7 +143,7 @@ def mean_stages(counts: Sequence[FlopCount]) -> OrderedDict[str, float]:
 
 
 def _results(
-    counts: Sequence[FlopCount], parameters: ParameterCount, tokens: Mapping[str, float]
+    counts: Sequence[FlopCount], parameters: ParameterCount, data: Mapping[str, float]
 ) -> OrderedDict[str, float]:
     result: OrderedDict[str, float] = OrderedDict()
     stages = mean_stages(counts)
@@ -207,30 +152,39 @@ def _results(
     result["parameters"] = float(parameters.total)
     result.update((f"GFLOPs-{stage}", value / GIGA) for stage, value in stages.items())
     result["parameters-trainable"] = float(parameters.trainable)
-    result.update(tokens)
+    result.update(data)
     return result
 
 
 def describe_cost(
     counts: Sequence[FlopCount],
     parameters: ParameterCount,
-    tokens: Mapping[str, float] | None = None,
+    data: Mapping[str, float] | None = None,
 ) -> str:
     """A readable report: a table of stages, then what was measured and what was not.
 
     Args:
         counts: one count per measured image; may be empty.
         parameters: of the same model.
-        tokens: mean token numbers per image by name, see :meth:`TokenStatistics.means`.
+        data: what depends on the images, see :class:`DataStatistics`.
     """
     lines = [_stage_table(mean_stages(counts), parameters)]
     if counts:
         lines.append(f"GFLOPs (1 multiply-add = 1): {_measured_sizes(counts)}")
         lines.append(f"Operators seen, not counted: {_uncounted_operators(counts)}")
-    if tokens:
-        numbers = ", ".join(f"{name} {value:.1f}" for name, value in tokens.items())
-        lines.append(f"Tokens (mean per image): {numbers}")
+    if data:
+        lines.append(f"Depends on the data (mean per image): {describe_data(data)}")
     return "Cost of the model:\n" + "\n".join(lines)
+
+
+def describe_data(data: Mapping[str, float]) -> str:
+    """Numbers of tokens and clusters by name, see :class:`DataStatistics`, in one line."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in data.items())
+
+
+def _short(value: float) -> str:
+    """Shares to three digits, numbers to a tenth."""
+    return f"{value:.3g}" if value < 1 else f"{value:.1f}"
 
 
 def _stage_table(stages: Mapping[str, float], parameters: ParameterCount) -> str:
