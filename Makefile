@@ -16,7 +16,8 @@ export PIP_NO_INPUT := 1
 given = $(filter-out file,$(origin $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart zoo test lint format clean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +38,41 @@ install:  ## create or update the environment; does nothing if it is up to date
 	  --detectron2 '$(DETECTRON2)' $(if $(call given,PYTHON),--this-python)
 
 quickstart: install  ## train and evaluate a small model on generated images, on the CPU, in minutes
+	$(RUN) tools/quickstart.py
+
+# Numbers of the model zoo; what is there is not measured again, so an interruption costs one file.
+ZOO := output/zoo
+ZOO_MODELS := $(filter-out quickstart%,$(patsubst configs/%.py,%,$(wildcard configs/*.py)))
+# One model for each kind of attention in the encoder (ENCODERS of tools/model_zoo/document.py).
+ZOO_ENCODERS := detr_dc5 act_detr deformable_detr_two_stage sparse_detr dino focus_detr
+# Models whose published GFLOPs are a mean over images of COCO.
+ZOO_MEANS := detr detr_dc5 deformable_detr_single_scale deformable_detr deformable_detr_refine \
+  deformable_detr_two_stage sparse_detr
+ZOO_SIZES := 400x667 600x1000 1000x1667
+ZOO_ANALYSES := $(ZOO_MODELS:%=$(ZOO)/analysis/800x1333/%.json) $(patsubst %,$(ZOO)/analysis/%.json,850x1040 $(ZOO_SIZES))
+ZOO_BENCHMARKS := $(patsubst %,$(ZOO)/benchmark/%.json,800x1333 $(ZOO_SIZES))
+ZOO_RESULTS := output/quickstart/results.json
+
+zoo: install $(ZOO_ANALYSES) $(ZOO_BENCHMARKS) $(ZOO_RESULTS)  ## measure all full-size models and write docs/model_zoo.md; half an hour on two idle cores
+	$(RUN) -m tools.write_model_zoo --analysis $(ZOO_ANALYSES) --benchmark $(ZOO_BENCHMARKS) \
+	  --results quickstart=$(ZOO_RESULTS)
+
+$(ZOO)/analysis/800x1333/%.json: | install
+	@mkdir -p $(@D)
+	$(RUN) tools/analyze_model.py --image-size 800 1333 --json $@ --config-file configs/$*.py
+
+$(ZOO)/analysis/%.json: | install
+	@mkdir -p $(@D)
+	$(RUN) tools/analyze_model.py --image-size $(subst x, ,$*) --json $@ --config-file \
+	  $(patsubst %,configs/%.py,$(if $(filter 850x1040,$*),$(ZOO_MEANS),$(ZOO_ENCODERS)))
+
+# After all counting, which must not disturb it. Models that run out of memory are left out.
+$(ZOO)/benchmark/%.json: | install $(ZOO_ANALYSES)
+	@mkdir -p $(@D)
+	$(RUN) tools/benchmark.py --image-size $(subst x, ,$*) --rounds 3 --json $@ --config-file \
+	  $(patsubst %,configs/%.py,$(if $(filter 800x1333,$*),$(ZOO_MODELS),$(ZOO_ENCODERS))) || test -f $@
+
+$(ZOO_RESULTS): | install
 	$(RUN) tools/quickstart.py
 
 test: install  ## run all tests; those that need a GPU are skipped where there is none

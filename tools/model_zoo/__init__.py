@@ -1,0 +1,1 @@
+"""Parts of `tools/write_model_zoo.py`: quoted figures, measured numbers, tables and pictures."""
