@@ -236,13 +236,27 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if same_classes and _shapes(weights) == ours:
             checkpoint.pop("matching_heuristics", None)
             return
-        source = f"The checkpoint {self._name}"
-        known = recognize_format(weights) or convert_backbone(weights, self.model, source)
-        if known is None and (checkpoint.get("matching_heuristics") or "__author__" in checkpoint):
-            # Of Detectron2's model zoo: it knows the names and what may be missing.
-            return
-        named_alike = known is None and not ours.keys().isdisjoint(weights)
-        self._conversion = convert_checkpoint(
+        self._conversion = self._converted(checkpoint, names)
+        if self._conversion is not None:
+            checkpoint["model"] = self._conversion.state
+            # Names are exact now; matching them by their ends would misplace heads and norms.
+            checkpoint.pop("matching_heuristics", None)
+
+    def _converted(
+        self, checkpoint: Mapping[str, Any], names: list[str] | None
+    ) -> Conversion | None:
+        """The weights of a file for the model; None for files that Detectron2 itself knows."""
+        weights, source = checkpoint["model"], f"The checkpoint {self._name}"
+        known = recognize_format(weights) is not None
+        if not known:
+            backbone = convert_backbone(weights, self.model, source, self.model_name)
+            if backbone is not None:
+                return Conversion(backbone.state, backbone.report, None)
+            if checkpoint.get("matching_heuristics") or "__author__" in checkpoint:
+                # Of its model zoo, where things may be missing.
+                return None
+        named_alike = not known and not self.model.state_dict().keys().isdisjoint(weights)
+        return convert_checkpoint(
             weights,
             source_format=OWN_FORMAT.name if named_alike else None,
             model=self.model,
@@ -253,9 +267,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
             source=source,
             target=self.model_name,
         )
-        checkpoint["model"] = self._conversion.state
-        # Names are exact now; matching them by their ends would misplace heads and norms.
-        checkpoint.pop("matching_heuristics", None)
 
     def _warn_of_other_classes(self, names: list[str] | None) -> None:
         """Say that predictions will be called by names that they were not trained for."""
