@@ -18,11 +18,13 @@ computing times of all threads, which hardly depend on other processes, on a GPU
 Stages are those of tools/analyze_model.py, and of a training step also the losses, the backward
 pass and the optimizer with its clipping. Stages inside others (prediction heads in the decoder)
 count once, as themselves. "Other" is the rest: normalising and padding images, scaling boxes...
+The table of stages shows computing times on a CPU, latencies on a GPU; --json has both.
 With --compile, each stage is compiled by itself, and stages inside others belong to these.
 
 Peak memory is the increase over the loaded model and its images, in training with gradients and the
 state of the optimizer: of the process, measured in one of its own, on a CPU; of tensors on a GPU.
-A model that runs out of memory is left out with a message.
+A model that runs out of memory is left out with a message. After Ctrl-C, what has been measured is
+shown and written.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,14 @@ from kernel_benchmark.command import (
     check_device,
     check_writable,
     chosen_threads,
+    report_interruption,
 )
 from kernel_benchmark.memory import in_own_process
 from kernel_benchmark.model_report import as_json, stages_of, tables
 from kernel_benchmark.passes import (
     INFERENCE,
     TRAINING,
+    Batch,
     Contender,
     InferencePass,
     TrainingStep,
@@ -101,9 +105,7 @@ def make_contenders(file: str, arguments: argparse.Namespace, watch: StopWatch) 
     if arguments.training:
         check_trainable(file, config, model)
     timer = make_timer(model, arguments.compile, watch)
-    batch = draw_batch(arguments.image_size, arguments.batch_size, getattr(model, "num_classes", 1))
-    for inputs in batch:
-        inputs["image"] = inputs["image"].to(arguments.device)
+    batch = make_batch(arguments, getattr(model, "num_classes", 1))
     precision = PRECISIONS[arguments.precision]
     works: dict[str, InferencePass | TrainingStep] = {
         INFERENCE: InferencePass(model, batch, precision)
@@ -112,6 +114,25 @@ def make_contenders(file: str, arguments: argparse.Namespace, watch: StopWatch) 
         works[TRAINING] = TrainingStep(model, batch, precision, config, timer)
     setting = setting_of(arguments)
     return [Contender(file, kind, setting, work, timer) for kind, work in works.items()]
+
+
+def make_batch(arguments: argparse.Namespace, num_classes: int) -> Batch:
+    """The images, on the device.
+
+    Raises:
+        UserError: if there is not enough memory for them.
+    """
+    try:
+        batch = draw_batch(arguments.image_size, arguments.batch_size, num_classes)
+        for inputs in batch:
+            inputs["image"] = inputs["image"].to(arguments.device)
+    except (RuntimeError, TypeError) as error:  # the latter for numbers of too many digits
+        height, width = arguments.image_size
+        raise UserError(
+            f"--image-size {height} {width} --batch-size {arguments.batch_size}: the images cannot "
+            f"be made ({str(error).partition(chr(10))[0]})"
+        ) from error
+    return batch
 
 
 def setting_of(arguments: argparse.Namespace) -> str:
@@ -134,8 +155,12 @@ def check_trainable(file: str, config: DictConfig, model: nn.Module) -> None:
 # Measuring ---------------------------------------------------------------------------------------
 
 
-def benchmark(arguments: argparse.Namespace) -> list[Contender]:
+def benchmark(arguments: argparse.Namespace, contenders: MutableSequence[Contender]) -> None:
     """Measure all configs.
+
+    Args:
+        arguments: the command line.
+        contenders: gets those of all configs, which know their results.
 
     Raises:
         UserError: for arguments that cannot work, a config without a model or a model that cannot
@@ -143,11 +168,8 @@ def benchmark(arguments: argparse.Namespace) -> list[Contender]:
     """
     check(arguments)
     watch = stop_watch_for(torch.device(arguments.device))
-    contenders = [
-        contender
-        for file in arguments.config_file
-        for contender in make_contenders(file, arguments, watch)
-    ]
+    for file in arguments.config_file:
+        contenders += make_contenders(file, arguments, watch)
     turns = len(contenders) * (arguments.rounds + 1) + len(arguments.config_file)
     with tqdm(total=turns, unit="turn", smoothing=0, disable=None) as bar:
         for contender in contenders:  # what is loaded or compiled with the first pass
@@ -160,7 +182,6 @@ def benchmark(arguments: argparse.Namespace) -> list[Contender]:
             bar.set_description(f"memory of {Path(file).stem}")
             measure_memory([one for one in contenders if one.file == file], arguments)
             bar.update()
-    return contenders
 
 
 def time_all(contenders: Sequence[Contender], rounds: int, bar: tqdm[Any]) -> None:
@@ -233,25 +254,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program name; None for the one of the process.
 
     Returns:
-        The exit status: 0, 1 if a model ran out of memory, or 2 after an error that the user can
-        put right.
+        The exit status: 0, 1 if a model ran out of memory, 2 after an error that the user can put
+        right, or 130 after Ctrl-C.
     """
     arguments = parse(argv)
+    contenders: list[Contender] = []
+    interrupted = False
     try:
         with chosen_threads(arguments.threads):
             if arguments.only_memory:
                 print(json.dumps(peaks_of_process(arguments)))
                 return 0
-            contenders = benchmark(arguments)
-            if arguments.json:
-                save_json(as_json(contenders, arguments), arguments.json)
-            print(describe(arguments) + "\n\n" + tables(contenders, arguments))
+            try:
+                benchmark(arguments, contenders)
+            except KeyboardInterrupt:
+                interrupted = True
+            if not interrupted or any(one.samples for one in contenders):
+                show(contenders, arguments)
     except UserError as error:
         return report_user_error(error)
     problems = [one.problem for one in contenders if one.problem]
     for problem in problems:
         sys.stderr.write(f"Left out: {problem}\n")
+    if interrupted:
+        return report_interruption()
     return OUT_OF_MEMORY_STATUS if problems else 0
+
+
+def show(contenders: Sequence[Contender], arguments: argparse.Namespace) -> None:
+    """Write and print what has been measured."""
+    if arguments.json:
+        save_json(as_json(contenders, arguments), arguments.json)
+    print(describe(contenders, arguments) + "\n\n" + tables(contenders, arguments))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -303,13 +337,14 @@ def check(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json, "--json")
 
 
-def describe(arguments: argparse.Namespace) -> str:
+def describe(contenders: Sequence[Contender], arguments: argparse.Namespace) -> str:
     """One sentence about what was measured and where."""
+    rounds = max(len(one.samples) for one in contenders)
     machine = describe_machine(torch.device(arguments.device))
     where = machine["cpu"] if arguments.device == "cpu" else machine["device"]
     return (
         f"{setting_of(arguments)}, {'compiled, ' if arguments.compile else ''}"
-        f"{arguments.rounds} rounds, {where}, "
+        f"{rounds} round{'s' * (rounds != 1)}, {where}, "
         f"CPU threads: {machine['threads']}, torch {machine['torch']}"
     )
 

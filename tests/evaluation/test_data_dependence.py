@@ -70,10 +70,11 @@ def test_clusters_are_those_of_the_counted_pass() -> None:
         number = float(clusters.num_clusters.double().mean())
         assert 1 <= number <= TOKENS
         assert data[f"clusters-encoder-{layer}"] == pytest.approx(number)
+        assert data[f"most-clusters-encoder-{layer}"] == int(clusters.num_clusters.max())
         assert data[f"cluster-ratio-encoder-{layer}"] == pytest.approx(number / TOKENS)
         assert data[f"dense-encoder-{layer}"] == 0
     assert data["tokens-total"] == TOKENS
-    assert len(data) == 7
+    assert len(data) == 9
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,22 @@ def test_dense_layers_say_so(arguments: dict[str, Any], is_hashed: bool) -> None
         exact = count_flops(model, [image])
     assert exact.data["dense-encoder-0"] == 1
     assert count.stages["encoder"] == exact.stages["encoder"] + hashing
+
+
+def test_gflops_follow_from_the_head_with_most_clusters() -> None:
+    model, image = clustered_model(rounds=2, width=0.5), image_input(128, 192)
+    tokens, channels, rounds = 24, 16, 2
+    count = count_flops(model, [image])
+    with exact_attention(model):
+        expected = count_flops(model, [image]).stages["encoder"]
+    data = count.data
+    assert data["most-clusters-encoder-1"] > data["clusters-encoder-1"]  # or the mean would do
+    for layer in (0, 1):
+        most = data[f"most-clusters-encoder-{layer}"]
+        # Hashing, adding up the members, and both products of attention for fewer rows.
+        expected += tokens * channels * (rounds + 1 + 2 * (most - tokens))
+    assert count.stages["encoder"] == expected
+    assert count.uncounted["efficient_detr::lsh_group"] == 2
 
 
 def test_clustered_keys_have_names_of_their_own() -> None:

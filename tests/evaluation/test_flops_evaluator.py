@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from efficient_detr.evaluation import (
+    PADDED_HEADS,
     DataStatistics,
     FlopsEvaluator,
     build_evaluators,
@@ -227,6 +228,9 @@ def test_description_shares_and_sizes() -> None:
     evaluator = FlopsEvaluator(model)
     run(evaluator, model, BATCHES)
     text = describe_cost(evaluator._counts, count_parameters(model), {"tokens-total": 8.0})
+    assert PADDED_HEADS not in text
+    data = {"most-clusters-encoder-0": 8.0}
+    assert PADDED_HEADS in describe_cost(evaluator._counts, count_parameters(model), data)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:1] == "|"}
     assert "66.7 %" in rows["backbone"]  # 16 of 24 multiply-adds a token
     assert "33.3 %" in rows["encoder"]

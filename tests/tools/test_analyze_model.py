@@ -30,6 +30,7 @@ model = LazyConfig.load("{act_detr}", "act_detr")(
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(str(ROOT / "tools"))
     analyze_model: Any = importlib.import_module("analyze_model")
+    analysis_report: Any = importlib.import_module("kernel_benchmark.analysis_report")
 
 
 def run(*command: str) -> int:
@@ -64,7 +65,8 @@ def test_all_tasks_for_two_configs(
     assert run(QUICKSTART, clustered, *tasks, *size, "--json", str(path)) == 0
     printed = capsys.readouterr().out
     found = json.loads(path.read_text())
-    assert (found["image_size"], found["inputs"]) == ([64, 96], 1)
+    assert path.read_text().endswith("}\n")
+    assert (found["image_size"], found["inputs"], found["overrides"]) == ([64, 96], 1, [])
     assert list(found["configs"]) == ["quickstart", "clustered"]
     rows = rows_of(printed)
     for name, entry in found["configs"].items():
@@ -81,11 +83,14 @@ def test_all_tasks_for_two_configs(
         assert activations.pop("total") == sum(activations.values()) > 0
         assert "aten::add" in entry["uncounted"]
         assert "gflops_spread" not in entry
+        assert entry["checkpoint"] is None and entry["image_sizes"] == [[64, 96]]
     assert rows["clustered"]["selection"] == ""
     assert found["configs"]["quickstart"]["data"]["tokens-encoder-0"] > 0
-    assert {"clusters-encoder-0", "cluster-ratio-encoder-0"} <= found["configs"]["clustered"][
-        "data"
-    ].keys()
+    data = found["configs"]["clustered"]["data"]
+    assert {"clusters-encoder-0", "cluster-ratio-encoder-0"} <= data.keys()
+    assert f"most-clusters-encoder-0 {data['most-clusters-encoder-0']:.1f}" in printed
+    assert "padded to the head with most" in printed
+    assert "efficient_detr::lsh_group" in found["configs"]["clustered"]["uncounted"]
     assert "Clusters of random weights mean little (clustered)" in printed
     assert rows_of(printed, "Parameters (M) by stage")["quickstart"]["total"] == "0.8186"
     assert "│ │ backbone: ResNet" in printed
@@ -104,32 +109,73 @@ def test_means_over_images_of_the_test_set(
     entry = found["configs"]["config"]
     assert (found["image_size"], found["inputs"], entry["inputs"]) == (None, 3, 3)
     assert entry["gflops"].keys() == entry["gflops_spread"].keys()
-    assert "activations" not in entry
+    assert entry["image_sizes"] == [[58, 72], [72, 58], [58, 72]]
+    assert found["overrides"] == list(overrides[1:])
     printed = capsys.readouterr().out
     mean, spread = entry["gflops"]["total"], entry["gflops_spread"]["total"]
     assert rows_of(printed)["config"]["GFLOPs"] == f"{mean:.4f} ± {spread:.4f}"
+    assert not any("0.0000 ± 0.0000" in cells.values() for cells in rows_of(printed).values())
     assert "first 3 images of the test set" in printed
 
 
 def test_spread_is_that_of_the_images() -> None:
     counts = [
-        analyze_model.FlopCount(
+        analysis_report.FlopCount(
             total=total,
             stages={"encoder": total},
             activations={"encoder": 1},
             operators={},
             uncounted={},
-            image_sizes=[],
+            image_sizes=[(6, total)],
             data={"tokens-total": total},
         )
         for total in (10, 14, 18)
     ]
-    parameters = analyze_model.ParameterCount(1, 1, {"encoder": 1}, {"encoder": 1})
-    one = analyze_model.Analysis("name", counts, parameters, None, False)
-    entry = analyze_model._entry(one, ["flop"])
+    parameters = analysis_report.ParameterCount(1, 1, {"encoder": 1}, {"encoder": 1})
+    one = analysis_report.Analysis("name", counts, parameters, None, "weights.pth")
+    entry = analysis_report._entry(one)
     assert entry["gflops"] == {"encoder": 14e-9, "total": 14e-9}
     assert entry["gflops_spread"]["total"] == pytest.approx(statistics.stdev([10, 14, 18]) / 1e9)
     assert entry["data"] == {"tokens-total": 14}
+    assert entry["image_sizes"] == [(6, 10), (6, 14), (6, 18)]
+    assert entry["checkpoint"] == "weights.pth"
+
+
+def test_columns_of_next_to_nothing_are_hidden() -> None:
+    rows = {"a": {"x": [1e-7, 2e-7], "y": [1.0, 2.0]}, "b": {"x": [0.0], "y": [3.0]}}
+    (header, *_) = analysis_report.stage_table(rows).splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["config", "y"]
+
+
+def test_activations_alone_leave_the_file_complete(tmp_path: Path) -> None:
+    path = tmp_path / "analysis.json"
+    size = ("--image-size", "64", "96")
+    assert run(QUICKSTART, "--tasks", "activation", *size, "--json", str(path)) == 0
+    entry = json.loads(path.read_text())["configs"]["quickstart"]
+    assert entry["gflops"]["total"] > 0 and entry["activations"]["total"] > 0
+    assert entry["uncounted"]
+
+
+def test_an_interruption_keeps_the_finished_configs(
+    clustered: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    analyze = analyze_model.analyze
+
+    def interrupted(file: str, *others: Any) -> Any:
+        if file == clustered:
+            raise KeyboardInterrupt
+        return analyze(file, *others)
+
+    monkeypatch.setattr(analyze_model, "analyze", interrupted)
+    path = tmp_path / "analysis.json"
+    size = ("--image-size", "64", "96")
+    assert run(QUICKSTART, clustered, *size, "--json", str(path)) == 130
+    printed, errors = capsys.readouterr()
+    assert errors.splitlines()[-1] == "Interrupted"
+    assert list(rows_of(printed)) == list(json.loads(path.read_text())["configs"]) == ["quickstart"]
 
 
 def test_parameters_alone_need_no_image(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,13 +210,16 @@ def test_a_model_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFi
         "model = L(Lacking)(package='absent_package')\n"
     )
     swin = str(ROOT / "configs" / "backbones" / "swin_tiny.py")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import absent_package\n")
     path = tmp_path / "analysis.json"
     size = ("--image-size", "8", "8")
-    command = (str(lacking), QUICKSTART, swin, *size, "--json", str(path))
+    command = (str(broken), str(lacking), QUICKSTART, swin, *size, "--json", str(path))
     assert run(*command) == 2
     printed, errors = capsys.readouterr()
     assert list(rows_of(printed)) == list(json.loads(path.read_text())["configs"]) == ["swin_tiny"]
-    first, second = errors.splitlines()[-2:]
+    loading, first, second = errors.splitlines()[-3:]
+    assert loading.startswith(f"Error: {broken} is left out: The config file {broken} cannot be l")
     assert first.startswith(f"Error: {lacking} is left out: model needs the package absent_package")
     assert f"{QUICKSTART} is left out: its model cannot take images of 8 x 8 pixels" in second
 
@@ -180,7 +229,11 @@ def test_a_model_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ((QUICKSTART, "--image-size", "0", "8"), "--image-size 0 8: give 1 pixel or more"),
         ((QUICKSTART, "--num-inputs", "0"), "--num-inputs 0: give 1 image or more"),
-        ((QUICKSTART, QUICKSTART), "quickstart, quickstart must differ in name"),
+        (
+            (QUICKSTART, "--num-inputs", "2", "--image-size", "800", "1333"),
+            "--image-size and --num-inputs exclude each other",
+        ),
+        (("a/x.py", QUICKSTART, "b/x.py"), "--config-file: a/x.py, b/x.py must differ in name"),
         ((QUICKSTART, "missing.py"), "missing.py does not exist"),
         ((QUICKSTART, "--json", str(ROOT / "tools")), "--json"),
         ((QUICKSTART, "--opts", "model.num_clases=3"), "model.num_classes"),
@@ -215,3 +268,14 @@ def test_a_missing_data_set_is_a_sentence(
     error = capsys.readouterr().err
     assert error.startswith(f"Error: {config}: ")
     assert "val.json" in error
+
+
+def test_an_image_too_large_is_a_sentence_and_folders_are_made_late(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "analysis.json"
+    size = ("--image-size", "1000000", "1000000")
+    assert run(QUICKSTART, *size, "--json", str(path)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{QUICKSTART} is left out: --image-size 1000000 1000000: the image cannot be" in error
+    assert not path.parent.exists()

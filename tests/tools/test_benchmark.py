@@ -312,9 +312,17 @@ def test_tables() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "| a" in line]
     assert rows == [
         ["a", "3000.0", "50%", "2000.0", "0.67", "1.000", "5"],
-        ["a", "750.0 (+50%)"],
+        ["a", "500.0"],
     ]
+    assert report.MEDIANS_NOTE in lines
+    assert "Computing time of all threads of inference by stage, in ms" in lines
     assert not any("| b" in line or "raining" in line for line in lines)
+
+
+def test_latencies_of_stages_on_a_gpu() -> None:
+    printed = report.tables([contender("a", (1, None), (3, None))], arguments_for())
+    assert "Latency of inference by stage, in ms" in printed
+    assert "500.0 (+100%)" in printed
 
 
 def test_everyone_starts_a_round() -> None:
@@ -344,6 +352,8 @@ def test_command(run: tuple[dict[str, Any], int]) -> None:
     settings = {key: found[key] for key in ("image_size", "batch_size", "precision", "compile")}
     assert settings == dict(image_size=[64, 96], batch_size=2, precision="fp32", compile=False)
     assert list(found["configs"]) == ["quickstart"]
+    assert found["overrides"] == ["model.detector.queries.num_queries=10"]
+    assert found["checkpoint"] is None
     kinds = found["configs"]["quickstart"]
     for measured in kinds.values():
         assert measured["images_per_second"] == pytest.approx(2000 / measured["ms"])
@@ -395,6 +405,36 @@ def test_a_lack_of_memory_leaves_one_contender_out(
     assert len(calls) == 2 + 4  # warm-up, three turns of one, one of the other
 
 
+def test_an_interruption_keeps_what_was_measured(
+    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The second turn of the second config is the one that Ctrl-C ends."""
+    other = tmp_path / "other.py"
+    other.write_text(CLASSIFIER)
+    calls: list[Any] = []
+    work = passes.InferencePass.__call__
+
+    def call(self: Any) -> None:
+        calls.append(self)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        work(self)
+
+    monkeypatch.setattr(passes.InferencePass, "__call__", call)
+    path = tmp_path / "found.json"
+    arguments = ["--config-file", classifier, str(other), "--image-size", "32", "32"]
+    assert bench.main([*arguments, "--json", str(path)]) == 130
+    printed, errors = capsys.readouterr()
+    assert errors.splitlines()[-1] == "Interrupted"
+    assert "fp32 on cpu, 1 round, " in printed
+    configs = json.loads(path.read_text())["configs"]
+    assert [configs[name]["inference"]["rounds"] for name in ("classifier", "other")] == [1, 1]
+
+    calls[:] = [None] * 3  # in the warm-up, there is nothing to show
+    assert bench.main([*arguments, "--json", str(tmp_path / "none.json")]) == 130
+    assert not capsys.readouterr().out and not (tmp_path / "none.json").exists()
+
+
 def test_times_are_kept_without_the_memory(
     classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -416,7 +456,11 @@ def test_times_are_kept_without_the_memory(
         (["--image-size", "0", "5"], "--image-size 0 5: give 1 pixel or more for each side."),
         (["--baseline", "detr"], "--baseline detr is none of classifier."),
         (["--json", "/dev/null/found.json"], "--json /dev/null/found.json cannot be written"),
-        (["--config-file", "a/x.py", "b/x.py"], "must differ in name"),
+        (["--config-file", "a/x.py", "c.py", "b/x.py"], "a/x.py, b/x.py must differ in name"),
+        (
+            ["--image-size", "1000000", "1000000"],
+            "--image-size 1000000 1000000 --batch-size 1: the i",
+        ),
         (["--config-file", "nowhere.py"], "nowhere.py does not exist"),
         (["--training"], "classifier.py cannot be trained: its model has no losses; leave it out"),
         (["--stages", "neck"], "--stages neck: the stages of these configs are backbone, head, o"),

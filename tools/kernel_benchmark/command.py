@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import torch
 
 from efficient_detr.errors import UserError
+
+INTERRUPTED_STATUS = 130  # 128 and the number of the signal, as shells have it
 
 
 def check_device(name: str) -> None:
@@ -44,15 +48,19 @@ def check_config_names(files: Sequence[str]) -> None:
     """Refuse configs that results could not tell apart, because these go by the files' stems.
 
     Raises:
-        UserError: naming the stems.
+        UserError: naming the files.
     """
-    stems = [Path(file).stem for file in files]
-    if len(set(stems)) < len(stems):
-        raise UserError(f"--config-file: the files {', '.join(stems)} must differ in name.")
+    times = Counter(Path(file).stem for file in files)
+    same = [file for file in files if times[Path(file).stem] > 1]
+    if same:
+        raise UserError(
+            f"--config-file: {', '.join(same)} must differ in name, folders aside, because results "
+            "go by it: give them in separate runs."
+        )
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Make the folder of a result file, and check that the file can be written.
+    """Check that a result file can be written, without making its folder yet.
 
     Args:
         path: the file.
@@ -64,14 +72,20 @@ def check_writable(path: Path, option: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
             f"{option} {path} cannot be written ({error.strerror or error}): give a file in a "
             "folder that you may write to."
         ) from error
+
+
+def report_interruption() -> int:
+    """Say that the user has stopped the command; returns the exit status that tells of it."""
+    sys.stderr.write("Interrupted\n")
+    return INTERRUPTED_STATUS
 
 
 @contextmanager

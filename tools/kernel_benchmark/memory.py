@@ -69,7 +69,15 @@ def in_own_process(script: str, arguments: Sequence[str], what: str) -> Any:
     """
     command = [sys.executable, script, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    # In a session of its own: Ctrl-C is for this process, which then ends the other one.
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
     if done.returncode:
         raise UserError(
             f"The memory of {what} could not be measured: the process ended with status "

@@ -18,20 +18,24 @@ from tabulate import tabulate
 
 from efficient_detr.evaluation.flops import OTHER_STAGE
 
+MEDIANS_NOTE = "Each number is a median by itself: stages need not add up exactly to the whole."
+
 
 def as_json(contenders: Sequence[Contender], arguments: argparse.Namespace) -> dict[str, Any]:
     """The numbers for programs.
 
     Returns:
-        "machine"; what was measured; "configs": by stem "inference" and "training", each None or
-        with "ms", "cpu_ms" (computing time; None on a GPU), "spread", "images_per_second", "ratio",
-        "peak_bytes" and by stage "stages"; "problems": why something is None though it was wanted.
+        "machine"; what was measured, with which "overrides" of the configs and which "checkpoint"
+        (None, because weights are random); "configs": by stem "inference" and "training", each None
+        or with "rounds" (fewer than wanted after an interruption), "ms", "cpu_ms" (computing time;
+        None on a GPU), "spread", "images_per_second", "ratio", "peak_bytes" and by stage "stages";
+        "problems": why something is None though it was wanted.
     """
     configs: dict[str, dict[str, Any]] = {
         one.name: {INFERENCE: None, TRAINING: None} for one in contenders
     }
     for one in contenders:
-        if not one.problem:
+        if one.samples and not one.problem:
             configs[one.name][one.kind] = summarize(one, arguments.batch_size)
     for kind in (INFERENCE, TRAINING):
         baseline = configs[arguments.baseline or contenders[0].name][kind]
@@ -43,6 +47,8 @@ def as_json(contenders: Sequence[Contender], arguments: argparse.Namespace) -> d
         **{key: getattr(arguments, key) for key in ("image_size", "batch_size", "precision")},
         **{key: getattr(arguments, key) for key in ("compile", "rounds")},
         "baseline": arguments.baseline or contenders[0].name,
+        "overrides": list(arguments.opts),
+        "checkpoint": None,
         "configs": configs,
         "problems": [one.problem for one in contenders if one.problem],
     }
@@ -56,6 +62,7 @@ def summarize(contender: Contender, batch_size: int) -> dict[str, Any]:
         stage: statistics_of([sample[stage] for sample in samples]) for stage in contender.stages
     }
     return {
+        "rounds": len(samples),
         **statistics_of(wholes),
         "images_per_second": batch_size / statistics.median(one.seconds for one in wholes),
         "peak_bytes": contender.peak_bytes,
@@ -106,7 +113,8 @@ def tables(contenders: Sequence[Contender], arguments: argparse.Namespace) -> st
         chosen = [name for name in ran if name in (arguments.stages or ran)]
         parts += [
             f"{kind.capitalize()}\n\n{whole_table(lines, style)}",
-            f"Milliseconds of {kind} by stage\n\n{stage_table(lines, chosen, style)}",
+            f"{stage_title(kind, lines)}\n\n{stage_table(lines, chosen, style)}",
+            MEDIANS_NOTE,
         ]
     return "\n\n".join(parts)
 
@@ -129,17 +137,42 @@ def whole_table(lines: Mapping[str, Mapping[str, Any]], style: str) -> str:
     return _table(headers, cells, style)
 
 
+def stage_title(kind: str, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which time of the stages the table shows."""
+    time = "Latency" if _on_gpu(lines) else "Computing time of all threads"
+    return f"{time} of {kind} by stage, in ms"
+
+
+def _on_gpu(lines: Mapping[str, Mapping[str, Any]]) -> bool:
+    return all(found["cpu_ms"] is None for found in lines.values())
+
+
 def stage_table(lines: Mapping[str, Mapping[str, Any]], stages: Sequence[str], style: str) -> str:
-    """One line a config: median latency of each stage, with its spread."""
+    """One line a config: a median for each stage.
+
+    Of computing times on a CPU, because other processes hardly change them and their sum comes near
+    the whole; of latencies on a GPU, with their spread.
+    """
+    show = _latency if _on_gpu(lines) else _computing_time
     cells = [
-        [name, *(_milliseconds(found["stages"].get(stage)) for stage in stages)]
+        [
+            name,
+            *(
+                show(found["stages"][stage]) if stage in found["stages"] else "-"
+                for stage in stages
+            ),
+        ]
         for name, found in lines.items()
     ]
     return _table(["config", *stages], cells, style)
 
 
-def _milliseconds(found: Mapping[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['ms']:.1f} (+{found['spread']:.0%})"
+def _latency(found: Mapping[str, Any]) -> str:
+    return f"{found['ms']:.1f} (+{found['spread']:.0%})"
+
+
+def _computing_time(found: Mapping[str, Any]) -> str:
+    return f"{found['cpu_ms']:.1f}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -262,7 +262,7 @@ def save_json(found: Mapping[str, Any], path: Path) -> None:
     # An error of infinity is no number to JSON.
     text = json.dumps(_without_infinity(found), indent=1, allow_nan=False)
     with replaced_file(path) as partial_path:
-        partial_path.write_text(text, encoding="utf-8")
+        partial_path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _without_infinity(found: Any) -> Any:

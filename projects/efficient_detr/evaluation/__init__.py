@@ -15,13 +15,16 @@ from efficient_detr.evaluation.flops import (
     stage_modules,
 )
 from efficient_detr.evaluation.flops_evaluator import (
+    PADDED_HEADS,
     FlopsEvaluator,
     build_evaluators,
     describe_cost,
     describe_data,
+    has_clusters,
 )
 
 __all__ = [
+    "PADDED_HEADS",
     "DataRecorder",
     "DataStatistics",
     "FlopCount",
@@ -33,6 +36,7 @@ __all__ = [
     "count_parameters",
     "describe_cost",
     "describe_data",
+    "has_clusters",
     "is_given",
     "register_flop_handler",
     "stage_modules",

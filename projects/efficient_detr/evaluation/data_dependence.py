@@ -25,11 +25,12 @@ class DataStatistics:
 
     Names are ``tokens-total`` (tokens of all levels, padding of the batch included),
     ``tokens-encoder-<layer>`` (those that a layer updated), and for the i-th clustered attention of
-    a stage ``clusters-<stage>-<i>`` (mean over the heads), ``cluster-ratio-<stage>-<i>`` (C / N,
-    clusters divided by tokens, mean over the heads) and ``dense-<stage>-<i>`` (1 if the image fell
-    back to dense attention, else 0). Where nothing was hashed, there are no clusters. If queries
-    and keys are clustered, the names of keys are ``key-clusters-...`` and
-    ``key-cluster-ratio-...``.
+    a stage ``clusters-<stage>-<i>`` (mean over the heads), ``most-clusters-<stage>-<i>`` (of the
+    head that has most of them: all heads are padded to it, so it decides what attention costs),
+    ``cluster-ratio-<stage>-<i>`` (C / N, clusters divided by tokens, mean over the heads) and
+    ``dense-<stage>-<i>`` (1 if the image fell back to dense attention, else 0). Where nothing was
+    hashed, there are no clusters. If queries and keys are clustered, the names of keys are
+    ``key-clusters-...``, ``key-most-clusters-...`` and ``key-cluster-ratio-...``.
 
     Attributes:
         sums: name -> sum over images.
@@ -157,6 +158,7 @@ class _Attended:
         for side, clusters in self.hashed.items():
             number = clusters.num_clusters.double()  # (B, H)
             yield f"{side}clusters-{self.name}", number.mean(1).tolist()
+            yield f"{side}most-clusters-{self.name}", number.amax(1).tolist()
             ratio = number / _hashed_tokens(clusters)[:, None]
             yield f"{side}cluster-ratio-{self.name}", ratio.mean(1).tolist()
         yield f"dense-{self.name}", self._is_dense().double().tolist()

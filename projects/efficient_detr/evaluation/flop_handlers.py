@@ -199,7 +199,7 @@ def _index_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 def _not_counted(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """For operators that fvcore would skip in silence."""
+    """For operators that work, but with comparisons, additions or addresses."""
 
 
 CONVOLUTIONS = (
@@ -274,6 +274,8 @@ _HANDLERS: dict[str, FlopHandler] = {
     "aten::index_add_": _index_add,
     "efficient_detr::lsh_hash": _hashing,
     "efficient_detr::cluster_reduce": _sum_of_rows,
+    "efficient_detr::lsh_group": _not_counted,  # sorts and compares keys
+    "efficient_detr::cluster_broadcast": _not_counted,  # gathers rows
     f"efficient_detr::{neighborhood_attention.NAME}": _neighborhood_attention,
 }
 
@@ -293,14 +295,11 @@ _BOOKKEEPING = (
 )
 _NOTHING_AT_INFERENCE = "dropout feature_dropout"
 
-# They compare keys and copy rows.
-_GROUPING = ("efficient_detr::lsh_group", "efficient_detr::cluster_broadcast")
-
 FREE_OPERATORS = frozenset(
     f"aten::{name}"
     for names in (_VIEWS, _FILLS_AND_COPIES, _BOOKKEEPING, _NOTHING_AT_INFERENCE)
     for name in names.split()
-).union(_GROUPING)
+)
 """Operators that compute nothing: they view, allocate, fill or copy memory."""
 
 

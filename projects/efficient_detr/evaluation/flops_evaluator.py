@@ -32,6 +32,12 @@ from efficient_detr.evaluation.flops import (
 GIGA = 1e9
 MEGA = 1e6
 
+PADDED_HEADS = (
+    "Heads with fewer clusters are padded to the head with most, and the padding is computed and "
+    "counted: GFLOPs follow from most-clusters, not from the mean over the heads."
+)
+"""How numbers of clusters and GFLOPs belong together, for reports that have both."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -174,12 +180,18 @@ def describe_cost(
         lines.append(f"Operators seen, not counted: {_uncounted_operators(counts)}")
     if data:
         lines.append(f"Depends on the data (mean per image): {describe_data(data)}")
+        lines += [PADDED_HEADS] if has_clusters(data) else []
     return "Cost of the model:\n" + "\n".join(lines)
 
 
 def describe_data(data: Mapping[str, float]) -> str:
     """Numbers of tokens and clusters by name, see :class:`DataStatistics`, in one line."""
     return ", ".join(f"{name} {_short(value)}" for name, value in data.items())
+
+
+def has_clusters(data: Mapping[str, float]) -> bool:
+    """Whether tokens were clustered, so that `PADDED_HEADS` needs to be said."""
+    return any("most-clusters-" in name for name in data)
 
 
 def _short(value: float) -> str:
