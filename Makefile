@@ -49,13 +49,21 @@ ZOO_ENCODERS := detr_dc5 act_detr deformable_detr_two_stage sparse_detr dino foc
 ZOO_MEANS := detr detr_dc5 deformable_detr_single_scale deformable_detr deformable_detr_refine \
   deformable_detr_two_stage sparse_detr
 ZOO_SIZES := 400x667 600x1000 1000x1667
-ZOO_ANALYSES := $(ZOO_MODELS:%=$(ZOO)/analysis/800x1333/%.json) $(patsubst %,$(ZOO)/analysis/%.json,850x1040 $(ZOO_SIZES))
+# Configs with overrides, as under "variants" in tools/published_figures.yaml.
+ZOO_VARIANTS := $(patsubst %,$(ZOO)/analysis/%/variants/sparse_detr_rho_0.1.json,800x1333 850x1040)
+ZOO_ANALYSES := $(ZOO_MODELS:%=$(ZOO)/analysis/800x1333/%.json) $(ZOO_VARIANTS) \
+  $(patsubst %,$(ZOO)/analysis/%.json,850x1040 $(ZOO_SIZES))
 ZOO_BENCHMARKS := $(patsubst %,$(ZOO)/benchmark/%.json,800x1333 $(ZOO_SIZES))
 ZOO_RESULTS := output/quickstart/results.json
 
 zoo: install $(ZOO_ANALYSES) $(ZOO_BENCHMARKS) $(ZOO_RESULTS)  ## measure all full-size models and write docs/model_zoo.md; half an hour on two idle cores
 	$(RUN) -m tools.write_model_zoo --analysis $(ZOO_ANALYSES) --benchmark $(ZOO_BENCHMARKS) \
 	  --results quickstart=$(ZOO_RESULTS)
+
+$(ZOO)/analysis/%/variants/sparse_detr_rho_0.1.json: | install
+	@mkdir -p $(@D)
+	$(RUN) tools/analyze_model.py --image-size $(subst x, ,$*) --json $@ --config-file configs/sparse_detr.py \
+	  --opts model.detector.selection.keep_ratio=0.1
 
 $(ZOO)/analysis/800x1333/%.json: | install
 	@mkdir -p $(@D)
@@ -69,7 +77,7 @@ $(ZOO)/analysis/%.json: | install
 # After all counting, which must not disturb it. Models that run out of memory are left out.
 $(ZOO)/benchmark/%.json: | install $(ZOO_ANALYSES)
 	@mkdir -p $(@D)
-	$(RUN) tools/benchmark.py --image-size $(subst x, ,$*) --rounds 3 --json $@ --config-file \
+	$(RUN) tools/benchmark.py --image-size $(subst x, ,$*) --threads 1 --rounds 3 --json $@ --config-file \
 	  $(patsubst %,configs/%.py,$(if $(filter 800x1333,$*),$(ZOO_MODELS),$(ZOO_ENCODERS))) || test -f $@
 
 $(ZOO_RESULTS): | install

@@ -12,15 +12,18 @@ must have every full-size config at 800 x 1333 pixels; benchmarks are files of `
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from efficient_detr.engine.commands import report_user_error
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
-from efficient_detr.visualization.figures import save_figure
 from tools.model_zoo.document import (
     ENCODERS,
     MEAN_SIZE,
@@ -92,19 +95,22 @@ def read(analyses: Sequence[Path], benchmarks: Sequence[Path], results: Sequence
     """
     configs = full_size_configs()
     published = read_published(PUBLISHED)
-    different = sorted(set(configs) ^ set(published.models))
+    different = sorted({*configs, *published.variants} ^ set(published.models))
     if different:
         raise UserError(
             f"configs/ and {PUBLISHED.name} must be about the same models, but one of them lacks "
             f"{', '.join(different)}."
         )
+    models = {(name, ()): name for name in configs} | {
+        (variant.config, variant.overrides): name for name, variant in published.variants.items()
+    }
     zoo = Zoo(
         published,
-        read_analyses(analyses, configs),
-        read_benchmarks(benchmarks, configs),
+        read_analyses(analyses, models),
+        read_benchmarks(benchmarks, models),
         dict(evaluation(text) for text in results),
     )
-    check_complete(zoo.analyses, configs, "analyses", "tools/analyze_model.py")
+    check_complete(zoo.analyses, list(published.models), "analyses", "tools/analyze_model.py")
     if benchmarks:
         check_size(zoo.benchmarks, "benchmarks", "tools/benchmark.py")
     return zoo
@@ -123,13 +129,13 @@ def evaluation(text: str) -> tuple[str, dict[str, dict[str, float]]]:
 
 
 def check_complete(found: Measurements, configs: Sequence[str], what: str, tool: str) -> None:
-    """Refuse measurements that lack a config."""
+    """Refuse measurements that lack a model."""
     check_size(found, what, tool)
     missing = [name for name in configs if name not in found.at(SIZE)]
     if missing:
         raise UserError(
             f"The {what} lack {', '.join(missing)} at {SIZE[0]}x{SIZE[1]}: "
-            f"run make zoo, or {tool} with these configs."
+            f"run make zoo, or {tool} with these configs, of variants with their --opts."
         )
 
 
@@ -144,17 +150,33 @@ def check_size(found: Measurements, what: str, tool: str) -> None:
 
 
 def write(zoo: Zoo, output: Path) -> None:
-    """Write the document, and the pictures beside it."""
-    figure = accuracy_figure(accuracy_points(zoo), size=SIZE)
-    save_figure(figure, output.with_name("zoo_accuracy.png"))
+    """Write the document, and the pictures beside it; all of them, or after an error none.
+
+    Raises:
+        UserError: one of the files cannot be written.
+    """
     on_cpu = zoo.benchmarks.settings.get("machine", {}).get("device") == "cpu"
     clock = "computing time" if on_cpu else "latency"
-    save_figure(
-        encoder_figure(encoder_curves(zoo), clock=clock), output.with_name("zoo_encoder.png")
-    )
-    with replaced_file(output) as path:
-        path.write_text(document(zoo), encoding="utf-8")
+    contents = {
+        "zoo_accuracy.png": png(accuracy_figure(accuracy_points(zoo), size=SIZE)),
+        "zoo_encoder.png": png(encoder_figure(encoder_curves(zoo), clock=clock)),
+        output.name: document(zoo).encode(),
+    }
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as files:
+            for name, content in contents.items():
+                files.enter_context(replaced_file(output.with_name(name))).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{output} and its pictures cannot be written: {error}.") from error
     logger.info("wrote %s", output)
+
+
+def png(figure: Figure) -> bytes:
+    """A picture as the content of a file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
 
 
 def accuracy_points(zoo: Zoo) -> list[Point]:
@@ -166,7 +188,7 @@ def accuracy_points(zoo: Zoo) -> list[Point]:
             family=family.title,
             gflops=zoo.analyses.at(SIZE)[model.config]["gflops"]["total"],
             precision=model.precision,
-            baseline=labels.get(model.baseline, ""),
+            origin=labels.get(model.replaces, ""),
             provisional=bool(cluster_ratios(zoo.analyses.at(SIZE)[model.config])),
         )
         for family in zoo.published.families

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,16 @@ import pytest
 from matplotlib.image import imread
 
 from efficient_detr.errors import UserError
+from tools import write_model_zoo
 from tools.model_zoo.document import ENCODERS, MEAN_SIZE, SIZE, document
 from tools.model_zoo.pictures import Point, accuracy_figure
 from tools.model_zoo.published import SCORES, Model, read_published
 from tools.write_model_zoo import DOCUMENT, PUBLISHED, ROOT, full_size_configs, main, read
 
 SMALL = (400, 667)
-MODELS = read_published(PUBLISHED).models
+PUBLISHED_FIGURES = read_published(PUBLISHED)
+MODELS = PUBLISHED_FIGURES.models
+VARIANTS = PUBLISHED_FIGURES.variants
 CONFIGS = full_size_configs()
 
 Table = list[dict[str, str]]
@@ -43,9 +47,7 @@ def name_of(row: dict[str, str]) -> str:
 
 
 def family_rows(text: str) -> dict[str, dict[str, str]]:
-    return {
-        name_of(row): row for table in tables(text) if "epochs, quoted" in table[0] for row in table
-    }
+    return {name_of(row): row for table in tables(text) if "baseline" in table[0] for row in table}
 
 
 def quoted(model: Model) -> dict[str, str | float | None]:
@@ -54,7 +56,7 @@ def quoted(model: Model) -> dict[str, str | float | None]:
         "epochs, quoted": model.epochs or None,
         "AP, quoted": model.results[0].scores["AP"] if model.results else None,
         "parameters, quoted": model.parameters,
-        "GFLOPs, quoted": model.gflops and model.gflops.value,
+        "GFLOPs, quoted": model.gflops.value if model.gflops else None,
     }
 
 
@@ -75,7 +77,7 @@ def columns_agree(row: dict[str, str], model: Model) -> bool:
 
 def test_document_has_each_config_with_its_quoted_figures() -> None:
     rows = family_rows(DOCUMENT.read_text(encoding="utf-8"))
-    assert sorted(rows) == sorted(CONFIGS) == sorted(MODELS)
+    assert sorted(rows) == sorted([*CONFIGS, *VARIANTS]) == sorted(MODELS)
     for name, row in rows.items():
         assert columns_agree(row, MODELS[name]), name
 
@@ -89,6 +91,8 @@ def test_document_quotes_every_result_with_its_source() -> None:
     assert len(found) == len(expected)
     for row, (config, result) in zip(found, expected, strict=True):
         assert name_of(row) == config
+        assert agree(row["epochs, quoted"], result.epochs or None)
+        assert agree(row["parameters, quoted"], result.parameters)
         assert row["source"] == published.sources[result.source]
         for score in SCORES:
             assert agree(row[f"{score}, quoted"], result.scores.get(score))
@@ -109,16 +113,28 @@ def test_pictures_of_the_document_are_there() -> None:
 
 
 def test_differences_from_the_authors_code_are_explained() -> None:
-    """What is not explained is below 0.01 GFLOPs, and the total within 0.5 % of the authors'."""
+    """But for 0.006 GFLOPs, and for code after a paper; the total is within 0.5 % of theirs."""
     text = DOCUMENT.read_text(encoding="utf-8")
     (table,) = [table for table in tables(text) if "unexplained" in table[0]]
     assert len([row for row in table if row["part"] == "model"]) == sum(
         model.code is not None for model in MODELS.values()
     )
+    name = ""
     for row in table:
-        assert abs(float(row["unexplained"])) < 0.01
+        name = name_of(row) or name
+        code = MODELS[name].code
+        assert code is not None
+        assert abs(float(row["unexplained"])) < (0.25 if code.reconstruction else 0.006)
         theirs, ours = float(row["authors' code, measured"]), float(row["ours, measured"])
         assert row["part"] == "encoder" or ours == pytest.approx(theirs, rel=5e-3)
+
+
+def test_arrows_are_between_equal_trainings() -> None:
+    """Only ACT's is shorter than that of its dense model, from which it starts."""
+    pairs = [(model, MODELS[model.replaces]) for model in MODELS.values() if model.replaces]
+    assert len(pairs) >= 6
+    for model, dense in pairs:
+        assert model.epochs == dense.epochs or "DETR-DC5" in model.epochs
 
 
 # The generator ---------------------------------------------------------------------------------
@@ -146,6 +162,7 @@ class Files:
         self.folder = folder
         self.analysis = {name: entry(100.0 + 7 * i) for i, name in enumerate(CONFIGS)}
         self.benchmark = {name: timing(1000.0 + 10 * i) for i, name in enumerate(CONFIGS)}
+        self.variant = entry(77.7)
         machine = {"cpu": "abacus", "device": "cpu"}
         self.run = {"machine": machine, "batch_size": 1, "precision": "fp32", "compile": False}
 
@@ -161,6 +178,15 @@ class Files:
             self.save("analysis.json", SIZE, self.analysis),
             self.save("analysis_small.json", SMALL, small),
             self.save("analysis_mean.json", MEAN_SIZE, {"detr": entry(86.5)}),
+            *(
+                self.save(
+                    f"{name}.json",
+                    SIZE,
+                    {variant.config: self.variant},
+                    overrides=list(variant.overrides),
+                )
+                for name, variant in VARIANTS.items()
+            ),
         ]
         return analyses, self.save("benchmark.json", SIZE, self.benchmark, **self.run)
 
@@ -177,22 +203,24 @@ def files(tmp_path: Path) -> Files:
 
 def test_measured_numbers_are_those_of_the_files(files: Files) -> None:
     files.analysis["focus_detr"] = entry(183.190)
-    files.benchmark["focus_detr"]["inference"]["ms"] = 300.0
-    files.benchmark["dino"]["inference"]["ms"] = 400.0
+    files.benchmark["focus_detr"]["inference"].update(ms=999.0, cpu_ms=300.0)
+    files.benchmark["dino"]["inference"].update(ms=400.0, cpu_ms=None)
     analyses, benchmark = files.paths()
     output = files.folder / "zoo.md"
     command = ["--analysis", *map(str, analyses), "--benchmark", str(benchmark)]
     assert main([*command, "--output", str(output)]) == 0
     text = output.read_text(encoding="utf-8")
     rows = family_rows(text)
-    assert sorted(rows) == sorted(CONFIGS)
+    assert sorted(rows) == sorted(MODELS)
+    for name in VARIANTS:
+        assert rows[name]["GFLOPs, measured"] == "77.70"
     row = rows["focus_detr"]
     assert columns_agree(row, MODELS["focus_detr"])
     assert row["AP, measured"] == "-"
     assert row["parameters, measured"] == "1,234,567"
     assert row["GFLOPs, measured"] == "183.19"
     assert row["ours / authors' code, measured"] == "1.0000"
-    assert row["encoder GFLOPs, measured"] == "45.80 + 3.00"
+    assert row["encoder GFLOPs, measured"] == "45.80 + 3.00 *"
     assert row["latency / baseline's, measured"] == "0.75"
     assert rows["dino"]["latency / baseline's, measured"] == "-"
     assert "cpu abacus" in text
@@ -203,7 +231,7 @@ def test_measured_numbers_are_those_of_the_files(files: Files) -> None:
 
 def test_quoted_gflops_are_compared_at_the_size_of_their_mean(files: Files) -> None:
     text = files.text()
-    head = "measured / quoted"
+    head = "ours / quoted"
     (table,) = [table for table in tables(text) if head in table[0]]
     ratios = {name_of(row): row[head] for row in table}
     assert ratios["detr"] == f"{86.5 / 86:.3f}"
@@ -252,7 +280,8 @@ def test_what_was_not_timed_is_named(files: Files) -> None:
     files.benchmark["detr"]["inference"] = None  # out of memory
     del files.benchmark["dino_5scale"]
     text = files.text()
-    assert "Not timed: `detr`, `dino_5scale`." in text
+    names = ", ".join(f"`{name}`" for name in sorted(["detr", "dino_5scale", *VARIANTS]))
+    assert f"Not timed: {names}." in text
     assert family_rows(text)["smca_detr"]["latency / baseline's, measured"] == "-"
 
 
@@ -261,9 +290,23 @@ def test_what_was_not_timed_is_named(files: Files) -> None:
     [
         (lambda files: files.analysis.pop("dino"), ["analyses lack dino", "make zoo"]),
         (lambda files: files.analysis.update(gone=entry(1.0)), ["analysis.json", "gone"]),
-        (lambda files: files.analysis.update(dino={}), ["analysis.json", '"gflops"']),
+        (lambda files: files.analysis.update(dino={}), ["analysis.json", '"configs.dino.gflops"']),
+        (lambda files: files.analysis["dino"]["gflops"].pop("total"), ["dino.gflops.total"]),
+        (lambda files: files.analysis["dino"]["gflops"].update(total="1"), ["dino.gflops.total"]),
+        (lambda files: files.analysis["dino"].update(gflops=3), ['"configs.dino.gflops"']),
+        (lambda files: files.analysis["dino"].update(parameters={}), ["dino.parameters.total"]),
+        (lambda files: files.analysis["dino"].pop("parameters"), ["dino.parameters"]),
+        (lambda files: files.analysis["dino"]["data"].update(x=math.nan), ["dino.data.x", "nan"]),
+        (lambda files: files.run.update(overrides=["a.b=1"]), ["benchmark.json", "a.b=1"]),
+        (lambda files: files.run.update(checkpoint="x.pth"), ["benchmark.json", "checkpoint"]),
+        (lambda files: files.benchmark["dino"]["inference"].pop("ms"), ["dino.inference.ms"]),
+        (lambda files: files.run.pop("machine"), ["benchmark.json", '"machine"']),
+        (
+            lambda files: files.benchmark["dino"]["inference"]["stages"]["encoder"].pop("ms"),
+            ["benchmark.json", "dino.inference.stages.encoder.ms"],
+        ),
         (lambda files: files.benchmark.clear(), ["benchmarks", "800x1333"]),
-        (lambda files: files.benchmark.update(dino=[]), ["benchmark.json", '"inference"']),
+        (lambda files: files.benchmark.update(dino=[]), ["benchmark.json", '"configs.dino"']),
     ],
 )
 def test_stale_files(files: Files, spoil: Any, words: list[str]) -> None:
@@ -278,8 +321,10 @@ def test_stale_files(files: Files, spoil: Any, words: list[str]) -> None:
     [
         ("{", ["no JSON"]),
         ("[]", ["no JSON object"]),
-        ('{"configs": {}}', ["size of images", "--image-size"]),
-        (json.dumps({"image_size": SIZE, "machine": {"cpu": "other"}}), ['"inference"']),
+        ('{"configs": {}}', ['"image_size" is missing', "--image-size"]),
+        ('{"image_size": null}', ['"image_size"', "size of images", "--image-size"]),
+        ('{"image_size": ["a", "b"]}', ['"image_size"', "size of images"]),
+        (json.dumps({"image_size": SIZE, "machine": {"cpu": None}}), ['"machine.cpu"']),
     ],
 )
 def test_unfit_benchmarks(files: Files, content: str, words: list[str]) -> None:
@@ -310,6 +355,53 @@ def test_unfit_results(files: Files, text: str) -> None:
     assert text.partition("=")[2] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"bbox": {"AP": None}}, "bbox.AP"),
+        ({"bbox": {"AP": 1.0, "AP50": "x"}}, "bbox.AP50"),
+        ({"bbox": {"AP": 1.0}, "flops": None}, "flops"),
+        ({"bbox": {"AP": 1.0}, "flops": {"GFLOPs": "x"}}, "flops.GFLOPs"),
+        ({"flops": {}}, "bbox"),
+    ],
+)
+def test_results_that_are_none(files: Files, content: dict[str, Any], key: str) -> None:
+    path = files.folder / "unfit.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        files.text(results=[f"detr={path}"])
+    assert all(word in str(caught.value) for word in ["unfit.json", f'"{key}"'])
+
+
+def test_a_failure_leaves_the_old_files(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    analyses, _ = files.paths()
+    output = files.folder / "docs" / "zoo.md"
+    output.parent.mkdir()
+    old = [output, *(output.with_name(name) for name in ("zoo_accuracy.png", "zoo_encoder.png"))]
+    for path in old:
+        path.write_text("old")
+    command = ["--analysis", *map(str, analyses), "--output", str(output)]
+
+    monkeypatch.setattr(write_model_zoo, "document", lambda zoo: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(command)
+    monkeypatch.undo()
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.endswith(output.name):
+            raise OSError("disk is full")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(command) == 2
+    assert "disk is full" in capsys.readouterr().err
+    assert sorted(output.parent.iterdir()) == sorted(old)
+    assert all(path.read_text() == "old" for path in old)
+
+
 def test_command_says_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--analysis", "nowhere.json"]) == 2
     assert "nowhere.json" in capsys.readouterr().err
@@ -322,6 +414,7 @@ def test_command_says_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     ("old", "new", "words"),
     [
         ("baseline: dino\n", "baseline: dina\n", ["baseline", '"dina"', "focus_detr"]),
+        ("replaces: dino\n", "replaces: dina\n", ["replaced model", '"dina"', "focus_detr"]),
         ("{source: act_second_hand", "{source: hearsay", ["source", '"hearsay"', "act_detr"]),
         ("AP50: 62.4", "AP51: 62.4", ["AP51"]),
         ("families:", "family:", ["families"]),
@@ -372,11 +465,23 @@ def test_make_zoo_measures_what_the_document_needs(tmp_path: Path) -> None:
             for line in commands
             if f"tools/{tool}.py" in line and f"/{size}.json" in line
         ]
+        assert tool != "benchmark" or {"--threads", "--rounds"} < set(command_line)
         files = {word for word in command_line if word.startswith("configs/")}
         assert files == {f"configs/{name}.py" for name in names}
         assert " ".join(command_line).count("--image-size " + size.replace("x", " ")) == 1
+    for name, variant in VARIANTS.items():
+        for size in ("800x1333", "850x1040"):
+            assert any(
+                f"--json {tmp_path}/analysis/{size}/variants/{name}.json" in line
+                and f"--image-size {size.replace('x', ' ')} " in line
+                and f"configs/{variant.config}.py" in line
+                and line.endswith("--opts " + " ".join(variant.overrides))
+                for line in (" ".join(one.split()) for one in commands)
+            )
 
 
 def is_mean(model: Model) -> bool:
     """Whether the published GFLOPs are a mean over images."""
-    return model.gflops is not None and model.gflops.protocol == "mean_of_100"
+    if model.gflops is None or model.config in VARIANTS:
+        return False
+    return PUBLISHED_FIGURES.protocols[model.gflops.protocol].mean_image

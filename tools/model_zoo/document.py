@@ -24,7 +24,7 @@ SIZE: Size = (800, 1333)
 """Size of the image for which the models are compared."""
 
 MEAN_SIZE: Size = (850, 1040)
-"""An image that costs as much as the mean over 100 images of COCO."""
+"""An image that costs about as much as the mean over 100 images of COCO."""
 
 # Kinds of encoder attention, and the config that stands for each in the comparison of encoders.
 ENCODERS = {
@@ -37,7 +37,7 @@ ENCODERS = {
 }
 
 UNKNOWN = "-"
-NUMBER = re.compile(r"[-+]?[\d.,]+( [MG+].*)?$|-$")
+NUMBER = re.compile(r"[-+]?[\d.,]+( [MG+*].*)?$|-$")
 
 
 @dataclass(frozen=True)
@@ -100,29 +100,42 @@ def family_section(zoo: Zoo, family: Family) -> str:
 
 def _family_row(zoo: Zoo, model: Model) -> list[str]:
     entry = zoo.analyses.at(SIZE)[model.config]
-    gflops, code = entry["gflops"], model.code
+    gflops = entry["gflops"]
     measured = zoo.results.get(model.config, {}).get("bbox", {}).get("AP")
     return [
-        f"[`{model.config}`](../configs/{model.config}.py)",
+        _link(zoo.published, model.config),
         model.epochs or UNKNOWN,
         number(model.precision, 1),
         number(measured, 1),
-        UNKNOWN if model.parameters is None else f"{model.parameters:g} M",
+        millions(model.parameters),
         f"{entry['parameters']['total']:,}",
         UNKNOWN if model.gflops is None else f"{model.gflops.value:g}",
         number(gflops["total"], 2),
-        number(None if code is None else gflops["total"] / code.gflops, 4),
-        _encoder_cell(gflops),
+        _code_cell(gflops, model.code),
+        _encoder_cell(gflops, model.code),
         number(latency_ratio(zoo.benchmarks, model), 2),
         f"`{model.baseline}`" if model.baseline else UNKNOWN,
     ]
 
 
-def _encoder_cell(gflops: dict[str, float]) -> str:
+def _link(published: Published, name: str) -> str:
+    variant = published.variants.get(name)
+    return f"[`{name}`](../configs/{variant.config if variant else name}.py)"
+
+
+def _code_cell(gflops: dict[str, float], code: AuthorsCode | None) -> str:
+    if code is None:
+        return UNKNOWN
+    return number(gflops["total"] / code.gflops, 4) + (" *" if code.reconstruction else "")
+
+
+def _encoder_cell(gflops: dict[str, float], code: AuthorsCode | None) -> str:
     if "encoder" not in gflops:
         return UNKNOWN
     selection = gflops.get("selection")
-    return number(gflops["encoder"], 2) + ("" if selection is None else f" + {selection:.2f}")
+    text = number(gflops["encoder"], 2) + ("" if selection is None else f" + {selection:.2f}")
+    # Where the authors' code draws the border elsewhere, a reader may know its number.
+    return f"{text} *" if code and code.encoder_differences else text
 
 
 def latency_ratio(benchmarks: Measurements, model: Model) -> float | None:
@@ -186,12 +199,15 @@ def quoted_accuracy(published: Published) -> str:
         [
             f"`{model.config}`",
             *(number(result.scores.get(score), 1) for score in SCORES),
+            result.epochs or UNKNOWN,
+            millions(result.parameters),
             published.sources[result.source],
         ]
         for model in published.models.values()
         for result in model.results
     ]
-    return table(["config", *(f"{score}, quoted" for score in SCORES), "source"], rows)
+    heads = ["config", *(f"{score}, quoted" for score in SCORES), "epochs, quoted"]
+    return table([*heads, "parameters, quoted", "source"], rows)
 
 
 # GFLOPs ------------------------------------------------------------------------------------------
@@ -249,20 +265,24 @@ def published_gflops(zoo: Zoo) -> str:
         cost = model.gflops
         if cost is None:
             continue
+        protocol = zoo.published.protocols[cost.protocol]
         ours = entries[model.config]["gflops"]["total"] if model.config in entries else None
-        comparable = ours if cost.protocol == "mean_of_100" else None
+        comparable = ours if protocol.mean_image else None
         rows.append(
             [
                 f"`{model.config}`",
                 f"{cost.value:g}",
-                zoo.published.protocols[cost.protocol],
+                protocol.text,
                 zoo.published.sources[cost.source],
+                number(model.code.mean_image if model.code else None, 1),
                 number(comparable, 1),
                 number(None if comparable is None else comparable / cost.value, 3),
             ]
         )
     heads = ["config", "GFLOPs, quoted", "counted on", "source"]
-    heads += ["GFLOPs at {}x{}, measured".format(*MEAN_SIZE), "measured / quoted"]
+    size = "{}x{}".format(*MEAN_SIZE)
+    heads += [f"authors' GFLOPs at {size}, measured"]
+    heads += [f"our GFLOPs at {size}, measured", "ours / quoted"]
     return PUBLISHED_GFLOPS + "\n" + table(heads, rows)
 
 
@@ -359,6 +379,11 @@ def provenance(zoo: Zoo) -> str:
 def number(value: float | None, digits: int) -> str:
     """A cell: a number, or the sign for an unknown one."""
     return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def millions(value: float | None) -> str:
+    """A cell: millions of parameters, as exact as somebody gave them."""
+    return UNKNOWN if value is None else f"{value:g} M"
 
 
 def signed(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from matplotlib.transforms import Bbox
 
 from efficient_detr.visualization.figures import FAINT, INK, class_colours
 from tools.model_zoo.measured import Size
+
+# Families differ in shape, too, so that points of nearly the same place can be told apart.
+_MARKERS = "os^Dv"
 
 # Where a label may stand: offset from its point, as (x, y) in points.
 _PLACES = [
@@ -32,7 +36,7 @@ class Point:
         family: decides its colour.
         gflops: measured.
         precision: AP in percent, quoted.
-        baseline: label of the model from which an arrow leads here, or "".
+        origin: label of the model from which an arrow leads here, or "".
         provisional: whether trained weights would cost something else; drawn hollow.
     """
 
@@ -40,12 +44,12 @@ class Point:
     family: str
     gflops: float
     precision: float
-    baseline: str = ""
+    origin: str = ""
     provisional: bool = False
 
 
 def accuracy_figure(points: Sequence[Point], *, size: Size) -> Figure:
-    """AP against GFLOPs, with an arrow from each dense baseline to what is derived from it.
+    """AP against GFLOPs, with an arrow from a model to one that makes its attention cheaper.
 
     Args:
         points: in any order.
@@ -61,16 +65,21 @@ def accuracy_figure(points: Sequence[Point], *, size: Size) -> Figure:
     colours = dict(zip(families, class_colours(len(families)), strict=True))
     places = {point.label: (point.gflops, point.precision) for point in points}
     for point in points:
-        if point.baseline in places:
+        if point.origin in places:
             arrow = {"arrowstyle": "->", "color": FAINT, "alpha": 0.6, "shrinkA": 4, "shrinkB": 4}
             place = places[point.label]
-            axis.annotate("", place, xytext=places[point.baseline], arrowprops=arrow)
+            axis.annotate("", place, xytext=places[point.origin], arrowprops=arrow)
+    markers = dict(zip(families, itertools.cycle(_MARKERS)))
+    for point in points:
+        colour, marker = colours[point.family], markers[point.family]
+        # Clear enough to show another point below.
+        face = "white" if point.provisional else (*colour, 0.5)
+        place = places[point.label]
+        axis.scatter(*place, s=30, marker=marker, color=[face], edgecolors=[colour], zorder=3)
     for family, colour in colours.items():
-        own = [point for point in points if point.family == family]
-        gflops, precisions = zip(*(places[point.label] for point in own), strict=True)
-        faces = ["white" if point.provisional else colour for point in own]
-        axis.scatter(gflops, precisions, s=36, c=faces, edgecolors=[colour], zorder=3)
-        axis.scatter([], [], s=36, color=[colour], label=family)
+        axis.scatter([], [], s=30, marker=markers[family], color=[colour], label=family)
+    if any(point.provisional for point in points):
+        axis.scatter([], [], s=30, color="white", edgecolors=[INK], label="hollow: random weights")
     _style(axis, "Accuracy against cost", f"GFLOPs at {size[0]} x {size[1]}, measured")
     axis.set_ylabel("AP on COCO val2017 (%), quoted", fontsize=9, color=FAINT)
     axis.set_xscale("log")
@@ -90,12 +99,13 @@ def _label(
     arrows = [
         box
         for point in points
-        if point.baseline in places
-        for box in _along(axis, places[point.baseline], places[point.label])
+        if point.origin in places
+        for box in _along(axis, places[point.origin], places[point.label])
     ]
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     inside = axis.get_window_extent(renderer)
-    for point in points:
+    # From above, so that labels of close points have the order of these.
+    for point in sorted(points, key=lambda point: -point.precision):
         place = places[point.label]
         text = axis.annotate(point.label, place, xytext=(0, 0), textcoords="offset points")
         text.set(fontsize=8, color=INK, zorder=4)

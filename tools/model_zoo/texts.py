@@ -11,9 +11,10 @@ quoted](#accuracy-quoted); **measured** ones come from running code here. No col
 
 ![AP by GFLOPs](zoo_accuracy.png)
 
-*Quoted AP by measured GFLOPs, which those of hollow points have with random weights only. Arrows
-lead from a dense model to those that are compared with it below. Trainings differ in length: what
-stands higher may have trained longer.*
+*Quoted AP by measured GFLOPs, which those of hollow points have with random weights only. An arrow
+leads from a model to one that makes its attention cheaper and has the same training, ACT's apart,
+which starts from the weights of DETR-DC5. Otherwise trainings differ in length: what stands higher
+may have trained longer.*
 
 ## How to read the tables
 
@@ -25,13 +26,14 @@ stands higher may have trained longer.*
   padding: 1 multiply-add is 1. Sampling a value between four cells is 4; norms count a few a
   value. Activations, additions, softmax, sorting and indexing count nothing. A fused operator
   counts as much as those that it replaces.
-* **GFLOPs**, quoted, are mostly means over 100 images of COCO, which are smaller after resizing:
-  compare them with the column of [GFLOPs, quoted and measured](#gflops-quoted-and-measured), not
-  with their neighbour.
+* **GFLOPs**, quoted, are mostly of smaller images, the mean over 100 of COCO or what seems to be
+  it: compare them with the columns of [GFLOPs, quoted and
+  measured](#gflops-quoted-and-measured), not with their neighbour.
 * **ours / authors' code** divides our GFLOPs by those of the authors' own code for the same
   image, counted the same way. [Where the count
   differs](#where-the-count-differs-from-the-authors-code) gives the reasons.
 * **encoder GFLOPs**: "a + b" is the encoder and what selects its tokens.
+* A **\\*** points to what is said about the model below its table.
 * **latency / baseline's** compares times of one run in which all models took turns; the baseline
   is the dense model named beside it. Below 1, the model is faster. On a CPU times are computing
   times of all threads.
@@ -48,7 +50,8 @@ means over its own, small images.
 QUOTED_ACCURACY = """\
 ## Accuracy, quoted
 
-All on COCO val2017, in percent. The first row of a config is the one above.
+All on COCO val2017, in percent, with the epochs and the parameters that the same source gives. The
+tables above have the AP and the epochs of a config's first row, and the first parameters.
 """
 
 AUTHORS_CODE = """\
@@ -56,15 +59,17 @@ AUTHORS_CODE = """\
 
 GFLOPs of one random image of 800x1333 pixels, all measured: the authors' code by fvcore, with
 handlers for the attention operators that fvcore skips; ours by `tools/analyze_model.py`. Encoders
-are without the selection of tokens.
+are without the selection of tokens. What the reasons leave is unexplained: 0.003 and 0.005 of SMCA,
+in the decoder. The multi-scale SMCA has no public code; its row is about a reconstruction after the
+paper, whose decoder costs 0.23 more than ours for reasons that were not looked for.
 """
 
 PUBLISHED_GFLOPS = """\
 ## GFLOPs, quoted and measured
 
-An image of 850x1040 pixels stands for the mean over 100 images of COCO: the authors' code of
-Deformable DETR needs on it what they publish. Where nobody says how a figure was counted, there
-is nothing to compare.
+An image of 850x1040 pixels stands for the mean over 100 images of COCO, because the authors' code
+of Deformable DETR needs on it what they publish; how near it comes for the others is in the table.
+Where a figure is of something else, or nobody says of what, there is nothing to compare.
 """
 
 DATA_DEPENDENCE = """\
