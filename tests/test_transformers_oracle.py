@@ -291,14 +291,22 @@ def test_the_weights_of_their_model_are_ours(variant: str) -> None:
     assert_same_weights(conversion.state, ours)
 
 
+def saved(model: Any, folder: Path) -> str:
+    """A file of a model of theirs."""
+    try:
+        model.save_pretrained(folder)
+        return str(folder / "model.safetensors")
+    except RuntimeError:
+        # Release 4 refuses to write heads with two names, unless it may pickle them.
+        model.save_pretrained(folder, safe_serialization=False)
+        return str(folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_file_that_they_save_is_read(variant: str, tmp_path: Path) -> None:
     """Files have the names of release 4, and each weight once."""
     ours, theirs = both(variant)
-    theirs.save_pretrained(tmp_path)
-    conversion = convert_checkpoint(
-        read_checkpoint(tmp_path / "model.safetensors")["model"], model=ours
-    )
+    conversion = convert_checkpoint(read_checkpoint(saved(theirs, tmp_path))["model"], model=ours)
     assert conversion.format is not None
     assert conversion.format.name == format_name(variant, of_hub=True)
     assert_same_weights(conversion.state, ours)
