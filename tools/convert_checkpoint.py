@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
 from efficient_detr.checkpoint.convert import Conversion, convert_checkpoint, export_checkpoint
 from efficient_detr.checkpoint.downloads import (
@@ -30,7 +29,7 @@ from efficient_detr.checkpoint.downloads import (
     parse_address,
     read_download,
 )
-from efficient_detr.checkpoint.files import read_checkpoint
+from efficient_detr.checkpoint.files import read_checkpoint, write_checkpoint
 from efficient_detr.checkpoint.formats import (
     OWN_FORMAT,
     find_format,
@@ -41,7 +40,6 @@ from efficient_detr.engine.building import build_model
 from efficient_detr.engine.checks import check_arguments, check_parts, load_config
 from efficient_detr.engine.commands import report_user_error, start_logging
 from efficient_detr.errors import UserError
-from efficient_detr.files import replaced_file
 
 _ENDINGS = (".pth", ".safetensors")
 
@@ -121,7 +119,7 @@ def convert(args: argparse.Namespace) -> str:
     """
     check_arguments_of_command(args)
     content = read(args.source)
-    conversion = converted(args, content)
+    conversion, weights_of_model = converted(args, content)
     state = conversion.state
     own = args.target_format == OWN_FORMAT.name
     if not own:
@@ -131,13 +129,36 @@ def convert(args: argparse.Namespace) -> str:
             state, args.target_format, coco_ids=coco_ids, source=f"The checkpoint {args.source}"
         )
     names = conversion.class_names if own else None
-    write(args.out, state, {} if names is None else {"class_names": list(names)})
+    write_checkpoint(args.out, state, {} if names is None else {"class_names": list(names)})
     titles = dict(list_formats())
     return (
         f"{conversion.report.table()}\n\n"
         f"{args.source} ({conversion.report.layout}) -> {args.out} "
-        f"({titles[args.target_format]}): {len(state)} weights."
+        f"({titles[args.target_format]}): {len(state)} weights.\n"
+        f"{compared(args, conversion, weights_of_model)}"
     )
+
+
+def compared(args: argparse.Namespace, conversion: Conversion, weights_of_model: int | None) -> str:
+    """What is known about the result and a model.
+
+    Args:
+        args: of the command.
+        conversion: the weights.
+        weights_of_model: number of weights of the config's model, None without a config.
+    """
+    if weights_of_model is None:
+        return (
+            "They were not compared with any model, so that missing weights were not noticed: name "
+            "a config with --config-file to do so."
+        )
+    filled = len(conversion.state)
+    if filled < weights_of_model:
+        return (
+            f"Only {filled} of the {weights_of_model} weights of the model of {args.config_file} "
+            f"are there; the other {weights_of_model - filled} will keep their initial values."
+        )
+    return f"They fill the model of {args.config_file}."
 
 
 def check_arguments_of_command(args: argparse.Namespace) -> None:
@@ -178,8 +199,11 @@ def read(source: str) -> dict[str, Any]:
     return read_checkpoint(source)
 
 
-def converted(args: argparse.Namespace, content: dict[str, Any]) -> Conversion:
+def converted(args: argparse.Namespace, content: dict[str, Any]) -> tuple[Conversion, int | None]:
     """Convert the weights for the model of the config, if there is one.
+
+    Returns:
+        The weights, and how many the model has.
 
     Raises:
         UserError: if they do not fit.
@@ -198,7 +222,7 @@ def converted(args: argparse.Namespace, content: dict[str, Any]) -> Conversion:
         )
 
     if not args.config_file:
-        return convert_for(None)
+        return convert_for(None), None
     config = load_config(args.config_file, args.opts)
     check_parts(config, ["model"])
     check_arguments(config)
@@ -207,11 +231,12 @@ def converted(args: argparse.Namespace, content: dict[str, Any]) -> Conversion:
             model = build_model(config)
         conversion = convert_for(model)
         if all(tensor.device.type != "meta" for tensor in conversion.state.values()):
-            return conversion
+            return conversion, len(model.state_dict())
     # Parts that compute something from values.
     except (NotImplementedError, RuntimeError):
         pass
-    return convert_for(build_model(config))
+    model = build_model(config)
+    return convert_for(model), len(model.state_dict())
 
 
 def keeps_classes(args: argparse.Namespace) -> bool:
@@ -219,24 +244,6 @@ def keeps_classes(args: argparse.Namespace) -> bool:
     if args.target_format == OWN_FORMAT.name:
         return bool(args.class_rows == 91)
     return bool(args.class_rows != 80)
-
-
-def write(out: str, state: dict[str, Tensor], further: dict[str, Any]) -> None:
-    """Write weights as authors do: as the entry "model", or alone in a file of safetensors.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    try:
-        with replaced_file(out) as path:
-            if out.endswith(".safetensors"):
-                # Each tensor has to have memory of its own.
-                alone = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-                save_file(alone, path, metadata={"format": "pt"})
-            else:
-                torch.save({"model": state, **further}, path)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
 if __name__ == "__main__":

@@ -520,7 +520,7 @@ def test_backbone_of_a_whole_detector_of_others() -> None:
         report = converted(state, below("detector.backbone", backbone)).report
         assert report.parts == [part.partition(".")[0] for part in parts], name
         assert report.dropped["dn_query.weight"] == "of dn_query, outside the backbone"
-        assert "1 of mask_iou_head, outside the backbone" in report.table()
+        assert "of mask_iou_head, outside the backbone (1 weight)" in report.table()
 
 
 def test_whole_detectors_of_the_same_kind_are_left_alone() -> None:
@@ -603,6 +603,6 @@ def test_report_counts_everything(golden: dict[str, State]) -> None:
     assert not report.matched and len(report.reshaped) == 15 and len(report.resized) == 7
     assert report.filled == len(report.renamed) + 15 + 7
     assert len(report.initial) == 2
-    assert "4 parts of a classification head" in report.table()
+    assert "parts of a classification head (4 weights)" in report.table()
     assert "25x1 to 49x1" in report.table()
     assert "detector.backbone.output_norms.p3.weight" in report.table()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,6 +76,16 @@ def test_names_that_are_missing_stay_initial_where_that_is_allowed() -> None:
     names = dict(source_names=["cat", "dog"], target_names=["dog", "fox", "cat"])
     assert select_rows(2, 3, **names, allow_missing=True).rows == (1, None, 0)
     assert not select_rows(2, 3, **names).complete
+
+
+def test_rows_of_equal_number_are_given_up_where_that_is_wanted() -> None:
+    other = [f"own {number}" for number in range(80)]
+    for count, names in ((2, {"source_names": ["a", "b"]}), (80, {})):
+        wanted: Any = {**names, "target_names": other[:count], "new_classes": True}
+        assert select_rows(count, count, **wanted).rows == (None,) * count
+        assert select_rows(count, count, **{**wanted, "new_classes": False}).complete
+    # Nothing says that these are others.
+    assert select_rows(7, 7, target_names=other[:7], new_classes=True).complete
 
 
 def test_a_part_of_the_names_decides_only_where_rows_may_be_missing() -> None:

@@ -14,6 +14,7 @@ from efficient_detr.checkpoint.conversion import (
     Packed,
     Rename,
     Row,
+    Spread,
     below,
     convert_keys,
     matches_template,
@@ -171,6 +172,27 @@ def test_copies_are_not_read_but_compared() -> None:
     assert read_keys(state, HEADS).different == ["heads.1.weight"]
 
 
+def test_a_copy_is_read_where_the_weight_is_missing() -> None:
+    rows: list[Row] = [Rename("a", "ours"), Copy("b", "ours"), Copy("c", "ours")]
+    state = state_of("b")
+    for further, different in ((state["b"].clone(), []), (state["b"] + 1, ["c"])):
+        read = read_keys(state | {"c": further}, rows)
+        assert read.state["ours"] is state["b"] and read.sources == {"ours": ("b",)}
+        assert list(read.dropped) == ["c"] and read.different == different
+
+
+def test_one_weight_can_be_several_of_ours() -> None:
+    rows = below([Spread("head.*", ("heads.0.*", "heads.1.*"))], "in.", "our.")
+    state = state_of("in.head.bias")
+    read = read_keys(state, rows, known=["our.heads.0.bias"])
+    assert read.state.keys() == {"our.heads.0.bias", "our.heads.1.bias"}
+    assert all(tensor is state["in.head.bias"] for tensor in read.state.values())
+    assert set(read.sources.values()) == {("in.head.bias",)} and not read.unknown
+    # Written it is only by rows for each.
+    with pytest.raises(KeyError, match=r"no place for our.heads.0.bias"):
+        write_keys(read.state, rows)
+
+
 def test_without_values_only_shapes_of_copies_are_compared() -> None:
     state = {key: torch.empty(2, 2, device="meta") for key in ("heads.0.weight", "heads.1.weight")}
     assert read_keys(state, HEADS).different == []
@@ -221,3 +243,19 @@ def test_rows_below_a_module() -> None:
     assert found.dropped == {"stages.2.attention.index": "computed"}
     written = write_keys(found.state, rows)
     assert set(written) == set(state) - set(found.dropped) | {"stages.2.attention.again.bias"}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_values_tell_a_shared_head_from_heads_of_layers(shared: bool) -> None:
+    """Their keys are the same, but a model with a head a layer must not take a shared one."""
+    rows = [Rename("head.0.*", "heads.0.*"), Copy("head.1.*", "heads.0.*")]
+    rows += [Rename("head.0.*", "heads.0.*"), Rename("head.1.*", "heads.1.*")]
+    first = torch.arange(3.0)
+    state = {"head.0.bias": first, "head.1.bias": first.clone() if shared else first + 1}
+    read = read_keys(state, rows, known={"heads.0.bias", "heads.1.bias"})
+    if shared:
+        assert list(read.state) == ["heads.0.bias"]
+        assert read.dropped == {"head.1.bias": "copies of other weights"}
+    else:
+        assert torch.equal(read.state["heads.1.bias"], first + 1)
+    assert not read.different

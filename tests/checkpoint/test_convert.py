@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from efficient_detr.checkpoint.classes import coco_class_names
-from efficient_detr.checkpoint.convert import convert_checkpoint, export_checkpoint
+from efficient_detr.checkpoint.convert import (
+    clean_weights,
+    convert_checkpoint,
+    export_checkpoint,
+)
 from efficient_detr.errors import UserError
 from tests.checkpoint.tiny_detectors import random_weights, tiny_detector, tiny_resnet
 
@@ -71,13 +75,22 @@ def test_prefixes_of_parallel_training_and_counters_go_away() -> None:
     counted = wrapped | {
         "module.total_ops": torch.ones(1),
         "module.class_embed.total_params": torch.ones(1),
+        "total_params": torch.ones(1),
     }
     conversion = convert_checkpoint(counted, model=detr())
     assert_equal(conversion.state, weights)
     assert sorted(conversion.report.dropped) == [
         "module.class_embed.total_params",
         "module.total_ops",
+        "total_params",
     ]
+    for prefix in ("model.", "_orig_mod.", "module.model._orig_mod."):
+        for state in (published, weights):
+            given = {prefix + key: state[key] for key in state}
+            assert_equal(convert_checkpoint(given, model=detr()).state, weights)
+    # A file of Hugging Face may have this prefix throughout.
+    hub = {"model.a.weight": torch.ones(1), "head.weight": torch.ones(1)}
+    assert clean_weights(hub)[0].keys() == hub.keys()
 
 
 # Classes -----------------------------------------------------------------------------------------
@@ -149,6 +162,29 @@ def test_classes_that_are_chosen_by_name() -> None:
     assert conversion.class_names == ("dog", "cat")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "layout", "ours", "classes"),
+    [
+        (two_stage, "deformable_detr", detr, "91 classes instead of 5"),
+        (detr, "detr", two_stage, "91 classes instead of 5"),
+    ],
+)
+def test_classes_of_the_file_are_counted_as_in_its_format(
+    theirs: Any, layout: str, ours: Any, classes: str
+) -> None:
+    """One of them has a row for no object, the other has none."""
+    published = export_checkpoint(random_weights(theirs(num_classes=91)), layout)
+    with pytest.raises(UserError, match=classes):
+        convert_checkpoint(published, model=ours())
+
+
+def test_classes_of_a_data_set_are_not_changed_by_advice() -> None:
+    published = export_checkpoint(random_weights(detr(num_classes=91)), "detr")
+    with pytest.raises(UserError, match="trained for other classes .*fine-tune") as error:
+        convert_checkpoint(published, model=detr(num_classes=2), class_names=["cell", "dog"])
+    assert "num_classes" not in str(error.value)
+
+
 # Fine-tuning -------------------------------------------------------------------------------------
 
 
@@ -180,6 +216,22 @@ def test_heads_of_other_classes_stay_fresh() -> None:
     assert "left at their initial values" in conversion.report.table()
 
 
+@pytest.mark.parametrize("names", [("a", "b"), None])
+def test_as_many_classes_with_other_names_start_anew_in_training(
+    names: tuple[str, ...] | None,
+) -> None:
+    """Names of 80 classes without names are assumed to be COCO's."""
+    count = 80 if names is None else 2
+    weights = random_weights(detr(num_classes=count))
+    given: Any = dict(
+        model=detr(num_classes=count),
+        class_names=[f"own {number}" for number in range(count)],
+        source_class_names=names,
+    )
+    assert HEAD not in convert_checkpoint(weights, fresh_heads=True, **given).state
+    assert torch.equal(convert_checkpoint(weights, **given).state[HEAD], weights[HEAD])
+
+
 def test_the_first_rows_of_a_proposal_head_are_carried_over_whatever_the_classes() -> None:
     weights = random_weights(two_stage(num_classes=7))
     model = two_stage()
@@ -194,7 +246,8 @@ def test_another_number_of_queries_stays_fresh_in_training_alone() -> None:
     conversion = convert_checkpoint(published, model=detr(), fresh_heads=True)
     assert conversion.report.initial == [QUERIES]
     assert "9 queries instead of 6" in conversion.report.table()
-    with pytest.raises(UserError, match="query_embed.weight: 9x16 instead of 6x16"):
+    text = r"query_embed.weight: 9x16 instead of 6x16\); set model.detector.queries.num_queries=9"
+    with pytest.raises(UserError, match=text):
         convert_checkpoint(published, model=detr())
 
 
@@ -225,10 +278,10 @@ def test_one_weight_too_few_or_too_many_is_an_error(missing: bool) -> None:
     weights = random_weights(detr())
     if missing:
         del weights["detector.encoder.layers.0.feedforward.expand.bias"]
-        text = r"nothing for 1 weights of the model \(detector.encoder.layers.0.feedforward"
+        text = r"nothing for 1 weight of the model \(detector.encoder.layers.0.feedforward"
     else:
         weights["detector.encoder.layers.0.further.weight"] = torch.ones(1)
-        text = r"1 of its weights have no place there \(detector.encoder.layers.0.further.weight"
+        text = r"1 of its weights has no place there \(detector.encoder.layers.0.further.weight"
     with pytest.raises(UserError, match=text):
         convert_checkpoint(weights, model=detr())
     report = convert_checkpoint(weights, model=detr(), allow_partial=True).report
@@ -250,7 +303,7 @@ def test_copies_that_differ_are_refused() -> None:
     published = export_checkpoint(random_weights(two_stage()), "deformable_detr")
     key = "transformer.decoder.class_embed.0.bias"
     published[key] = published[key] + 1
-    with pytest.raises(UserError, match=rf"1 of its weights should be copies \({key}\)"):
+    with pytest.raises(UserError, match=rf"1 of its weights should be a copy \({key}\)"):
         convert_checkpoint(published, model=two_stage())
 
 
@@ -264,8 +317,14 @@ def test_a_missing_part_of_a_joined_weight_is_named() -> None:
 
 def test_the_given_format_goes_before_the_keys() -> None:
     published = export_checkpoint(random_weights(detr()), "detr")
-    with pytest.raises(UserError, match=r"\(Sparse DETR of kakaobrain/sparse-detr\)"):
-        convert_checkpoint(published, source_format="sparse_detr", model=detr())
+    for name in ("sparse_detr", "efficient_detr"):
+        with pytest.raises(UserError, match=rf"x.pth is not .*{name} .*are those of detr .*--from"):
+            convert_checkpoint(published, source_format=name, source="x.pth")
+    unknown = {"rpn.a": torch.ones(1)}
+    with pytest.raises(UserError, match=r"not of the format smca .*\(rpn.a, .*--from"):
+        convert_checkpoint(unknown, source_format="smca")
+    with pytest.raises(UserError, match="no backbone of the format dat: .*--from"):
+        convert_checkpoint(published, source_format="dat")
 
 
 def test_unknown_keys_are_refused_by_name() -> None:
@@ -276,6 +335,32 @@ def test_unknown_keys_are_refused_by_name() -> None:
 def test_a_layout_without_a_place_is_named() -> None:
     with pytest.raises(UserError, match=r"x.pth cannot be written as Sparse DETR .*no place for"):
         export_checkpoint(random_weights(detr()), "sparse_detr", source="x.pth")
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("detr", "smca"),
+        ("detr", "smca_conv"),
+        ("sparse_detr", "deformable_detr"),
+        ("deformable_detr", "sparse_detr"),
+        ("deformable_detr", "dino"),
+    ],
+)
+def test_a_model_is_written_as_nothing_else(family: str, layout: str) -> None:
+    weights = random_weights(tiny_detector(family))
+    with pytest.raises(UserError, match=r"^x.pth cannot be written as [^\n]*\.$"):
+        export_checkpoint(weights, layout, source="x.pth")
+
+
+@pytest.mark.parametrize("layout", ["huggingface_deformable_detr", "detrex_deformable_detr"])
+def test_efficient_detr_is_in_no_library(layout: str) -> None:
+    weights = random_weights(two_stage())
+    name = "detector.queries.projection.weight"
+    weights[name] = weights[name][: len(weights[name]) // 2]
+    with pytest.raises(UserError, match="has no Efficient DETR"):
+        export_checkpoint(weights, layout)
+    assert export_checkpoint(weights, "deformable_detr")
 
 
 def test_counts_of_trained_norms_are_not_needed() -> None:
@@ -300,6 +385,37 @@ def test_the_backbone_of_a_detector_alone() -> None:
     assert conversion.format is None and conversion.report.read == len(published)
     back = export_checkpoint(conversion.state, "torchvision_resnet")
     assert back.keys() == {key[16:] for key in published if key.startswith("backbone.0.body.")}
+
+
+def foreign(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A detector that nobody knows, with a ResNet."""
+    backbone = export_checkpoint(weights, "torchvision_resnet")
+    parts = {"transformer.encoder.a": torch.ones(1), "query_head.b": torch.ones(1)}
+    return {f"backbone.0.body.{key}": backbone[key] for key in backbone} | parts
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_only_the_backbone_of_an_unknown_detector_is_no_default(given: bool) -> None:
+    weights = random_weights(detr())
+    model = detr() if given else None
+    inside = {name: weights[name] for name in weights if name.startswith("detector.backbone.")}
+    text = (
+        r"^x.pth \(torchvision's ResNet .*configs/y.py has no use for its transformer, query_head; "
+        r".*--from torchvision_resnet, --allow-partial or train.allow_partial_checkpoint=True\.$"
+    )
+    with pytest.raises(UserError, match=text):
+        convert_checkpoint(foreign(weights), model=model, source="x.pth", target="configs/y.py")
+    for how in ({"allow_partial": True}, {"source_format": "torchvision_resnet"}):
+        conversion = convert_checkpoint(foreign(weights), model=model, **how)
+        assert_equal(conversion.state, inside)
+        assert set(conversion.report.initial) == (
+            weights.keys() - inside.keys() if given else set()
+        )
+    with pytest.raises(UserError, match=r"^x.pth has no backbone of the format dat"):
+        convert_checkpoint(foreign(weights), model=model, source="x.pth", source_format="dat")
+    # Also from a detector of ours, whose names the model has.
+    taken = convert_checkpoint(weights, model=model, source_format="detectron2_resnet")
+    assert_equal(taken.state, inside)
 
 
 def test_an_unknown_part_of_a_backbone_is_named() -> None:

@@ -142,12 +142,14 @@ def test_another_file_than_the_digest_says_is_deleted(
     address = server.add(name, content)
     fragment = "" if where == "name" else "#sha256=deadbeef"
     digest = hashlib.sha256(content).hexdigest()
-    with pytest.raises(UserError, match=f"{digest}.* begin with deadbeef.*deleted") as error:
+    with pytest.raises(UserError, match=f"not the one.*deleted.*{digest}") as error:
         AtomicCheckpointer(nn.Linear(3, 2)).load(address + fragment)
     assert "\n" not in str(error.value)
     assert address in str(error.value)
     assert files(cache) == []
-    # The way out that the sentence names.
+    # No advice to trust it all the same.
+    assert f"sha256={digest[:8]}" not in str(error.value)
+    # A digest in the fragment counts more than the name.
     assert os.path.isfile(download(parse_address(f"{address}#sha256={digest[:8]}")))
 
 
@@ -170,6 +172,17 @@ def test_what_cannot_be_read_does_not_stay(server: Server, cache: Path, content:
     with pytest.raises(UserError, match="cannot be loaded") as error:
         AtomicCheckpointer(nn.Linear(3, 2)).load(address)
     assert address in str(error.value)
+    assert files(cache) == []
+
+
+def test_damaged_values_do_not_stay(server: Server, cache: Path) -> None:
+    source = nn.Linear(64, 64)
+    content = saved(source)
+    values = source.weight.detach().numpy().tobytes()
+    assert content.count(values) == 1
+    address = server.add("linear.pth", content.replace(values, values[:-4] + b"\x01\x02\x03\x04"))
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        AtomicCheckpointer(nn.Linear(64, 64)).load(address)
     assert files(cache) == []
 
 
@@ -220,7 +233,8 @@ def test_parts_of_an_address() -> None:
         ("https://host/a.pth?token=1", r"\?token=1, which has no meaning"),
         ("https://host/", "names no file"),
         ("https:///a.pth", "names no file"),
-        ("https://host", "names no file"),
+        ("https://host", "names no file: give one such as https://"),
+        ("file:///folder/a.pth", "without file://"),
     ],
 )
 def test_addresses_that_are_none(address: str, match: str) -> None:

@@ -178,6 +178,19 @@ def test_heads_are_found_wherever_they_are_saved(variant: str, left_out: str) ->
     assert_becomes_ours(part, given)
 
 
+@pytest.mark.parametrize("kept", ["class_embed.0.", "class_embed.1."])
+def test_a_class_layer_that_all_layers_share(kept: str) -> None:
+    """Release 5 ties the class layers of refined boxes, and saves one of them."""
+    given = written("deformable_detr_refine", "5")
+    for key in list(given.theirs):
+        if key.startswith("class_embed.") and not key.startswith(kept):
+            del given.theirs[key]
+    for name in given.ours:
+        if ".class_layer." in name:
+            given.ours[name] = given.theirs[kept + name.rpartition(".")[2]]
+    assert_becomes_ours(given.theirs, given)
+
+
 def test_a_single_level_is_that_of_the_last_map() -> None:
     sizes = {"in_features": ["res5"], "in_channels": [WIDTHS[3]], "num_levels": 1}
     given = written("deformable_detr", **sizes)

@@ -37,9 +37,9 @@ def test_every_fate_has_a_line_with_counts_and_reasons() -> None:
     assert rows["renamed"] == ["2", "2", "their_b", "->", "b"]
     assert rows["joined"] == ["3", "1", "q", "+", "k", "+", "v", "->", "d"]
     assert rows["reshaped"][:2] == ["1", "1"]
-    assert " ".join(rows["resized"]) == "1 1 1 9x2 to 25x2"
-    assert " ".join(rows["rows of classes taken"]) == "2 2 2 from 91 to 80 rows"
-    assert " ".join(rows["left out"]) == "3 2 copies of other weights; 1 odd"
+    assert " ".join(rows["resized"]) == "1 1 9x2 to 25x2 (1 weight)"
+    assert " ".join(rows["rows of classes taken"]) == "2 2 from 91 to 80 rows (2 weights)"
+    assert " ".join(rows["left out"]) == "3 copies of other weights (2 weights); odd (1 weight)"
     assert " ".join(rows["without a place"]) == "1 u (no place in the model)"
     assert " ".join(rows["left at their initial values"]) == "1 i"
 
@@ -50,8 +50,24 @@ def test_what_did_not_happen_has_no_line() -> None:
 
 
 def test_many_reasons_are_cut_short() -> None:
-    report = ConversionReport("DETR", "", dropped={str(i): f"reason {i}" for i in range(9)})
-    assert "3 for other reasons" in report.table()
+    report = ConversionReport("DETR", "", dropped={str(i): f"reason {i % 9}" for i in range(12)})
+    assert report.table().replace("\n", " ").split("; ")[-1].split()[:4] == [
+        "3",
+        "others",
+        "(3",
+        "weights)",
+    ]
+
+
+def test_lines_are_not_longer_than_a_terminal() -> None:
+    name = "transformer.encoder.layers.0.self_attn.in_proj_weight"
+    report = ConversionReport("DETR", "")
+    report.packed = {name: (name, name, name)}
+    report.initial = [name] * 9
+    report.unexpected = {name: "300 queries instead of 100"}
+    table = report.table()
+    assert max(map(len, table.splitlines())) <= 120
+    assert table.count(name) == 4 + 3 + 1
 
 
 def test_parts_outside_the_backbone_are_named_once() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from efficient_detr.checkpoint.convert import convert_checkpoint, export_checkpoint
 from efficient_detr.checkpoint.formats import recognize_format
+from efficient_detr.errors import UserError
 from efficient_detr.modeling.attention.gaussian_scale import (
     AxisProductScale,
     AxisScale,
@@ -165,3 +166,10 @@ def test_no_object_is_never_predicted_by_what_is_written() -> None:
     assert len(written) == COLUMNS
     assert written[-1].sigmoid() < 1e-6
     assert torch.equal(written[[1, 13, 90]], weights[CLASS_BIAS][[0, 11, 79]])
+
+
+@pytest.mark.parametrize("layout", ["detr", "detrex_detr", "smca_conv"])
+def test_the_single_scale_model_is_written_as_no_other(layout: str) -> None:
+    """Its attention has DETR's weights, and more."""
+    with pytest.raises(UserError, match=r"^x.pth cannot be written as [^\n]*\.$"):
+        export_checkpoint(random_weights(tiny("smca")), layout, source="x.pth")

@@ -86,7 +86,11 @@ def test_a_malformed_override(config_file: str) -> None:
 
 
 def test_a_malformed_override_may_be_an_option_or_lack_quotes(config_file: str) -> None:
-    assert "options such as --eval-only go before" in sentence(config_file, "--eval-only")
+    text = sentence(config_file, "--allow-partial")
+    assert (
+        text
+        == "'--allow-partial' stands among the overrides: put options of the command before them."
+    )
     text = sentence(config_file, "train.output_dir=/a/(ü")
     assert "need inner quotes, e.g. \"train.output_dir='/a/b c'\"" in text
 

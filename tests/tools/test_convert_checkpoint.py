@@ -70,7 +70,9 @@ def test_a_published_file_gets_our_names_and_80_classes(
     assert len(stored["model"][BIAS]) == 81
     assert stored["class_names"] == list(coco_class_names())
     printed = capsys.readouterr().out
-    assert "2 from 92 to 81 rows" in printed and "DETR of facebookresearch/detr" in printed
+    assert (
+        "from 92 to 81 rows (2 weights)" in printed and "DETR of facebookresearch/detr" in printed
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["ours.pth"]
 
 
@@ -181,3 +183,37 @@ def test_the_formats_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert "huggingface_deformable_detr_v5" in printed and "torchvision's ResNet" in printed
+
+
+def test_the_result_says_what_it_was_compared_with(
+    published: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = str(tmp_path / "ours.pth"), write_config(tmp_path)
+    assert command.main([published, out]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "not compared with any model" in last and "--config-file" in last
+    assert command.main([published, out, "--config-file", config]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"They fill the model of {config}."
+    backbone = ["--from", "torchvision_resnet"]
+    assert command.main([published, out, "--config-file", config, *backbone]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    model = tiny_detector("detr", num_classes=80).state_dict()
+    filled = sum(name.startswith("detector.backbone.") for name in model)
+    assert last.startswith(f"Only {filled} of the {len(model)} weights of the model of {config}")
+
+
+def test_an_option_after_the_overrides(
+    published: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config-file", write_config(tmp_path), "--opts", "model.num_classes=80"]
+    text = error(capsys, published, str(tmp_path / "ours.pth"), *options, "--allow-partial")
+    assert "'--allow-partial' stands among the overrides" in text
+
+
+def test_an_output_that_cannot_be_written(
+    published: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "ours.pth"
+    out.mkdir()
+    text = error(capsys, published, str(out))
+    assert f"{out} cannot be written (Is a directory): " in text

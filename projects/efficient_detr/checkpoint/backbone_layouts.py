@@ -64,6 +64,7 @@ class BackboneLayout:
     """How a backbone is named in a file; names are relative to the backbone.
 
     Attributes:
+        name: of the format, on command lines.
         title: for messages.
         module: our class of the backbone.
         marks: templates of keys by which the layout is recognised, each of which must be there.
@@ -80,6 +81,7 @@ class BackboneLayout:
         first_stage: number of the first stage in names.
     """
 
+    name: str
     title: str
     module: type[nn.Module]
     marks: tuple[str, ...]
@@ -142,6 +144,8 @@ def _our_resnet(_: Shapes) -> list[Row]:
 
 
 _RESNET_HEAD = Rename("fc.*", "head.*")
+# Where Detectron2's converter of torchvision's files puts it.
+_OUR_RESNET_HEAD = Rename("stem.fc.*", "head.*")
 
 _OUR_DAT_MARKS = ("stages.0.merging.*", "stages.0.blocks.0.attention_norm.weight")
 _SWIN_MARKS = ("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight")
@@ -149,6 +153,7 @@ _OUR_RESNET_MARKS = ("stem.conv1.weight", "res2.0.conv1.weight")
 
 LAYOUTS = (
     BackboneLayout(
+        name="dat",
         title="DAT",
         module=DAT,
         marks=("patch_proj.0.weight", "stages.0.layer_norms.0.norm.*"),
@@ -161,6 +166,7 @@ LAYOUTS = (
         head_norm=(DAT_HEAD_NORM,),
     ),
     BackboneLayout(
+        name="dat",
         title="DAT",
         module=DAT,
         marks=_OUR_DAT_MARKS,
@@ -172,6 +178,7 @@ LAYOUTS = (
     ),
     # Swin needs no second entry for our own files: its names are the same.
     BackboneLayout(
+        name="swin",
         title="Swin",
         module=SwinTransformer,
         marks=_SWIN_MARKS,
@@ -184,6 +191,7 @@ LAYOUTS = (
         head_norm=(SWIN_HEAD_NORM,),
     ),
     BackboneLayout(
+        name="torchvision_resnet",
         title="torchvision's ResNet",
         module=ResNet,
         marks=("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.weight"),
@@ -196,6 +204,7 @@ LAYOUTS = (
         first_stage=1,
     ),
     BackboneLayout(
+        name="detectron2_resnet",
         title="Detectron2's ResNet",
         module=ResNet,
         marks=_OUR_RESNET_MARKS,
@@ -204,8 +213,7 @@ LAYOUTS = (
         widths=("res{stage}.0.conv3.norm.weight", "res{stage}.0.conv2.norm.weight"),
         variants=_RESNET_VARIANTS,
         last_stages=tuple(Rename(f"res{n}.*", f"res{n}.*") for n in (3, 4, 5)),
-        # Where Detectron2's converter of torchvision's files puts it.
-        head=(Rename("stem.fc.*", "head.*"),),
+        head=(_OUR_RESNET_HEAD,),
         first_stage=2,
     ),
 )
@@ -232,6 +240,13 @@ BACKBONE_FORMATS = (
         marks=_OUR_RESNET_MARKS,
         table=lambda shapes: torchvision_resnet(),
         classifier=(_RESNET_HEAD,),
+    ),
+    BackboneFormat(
+        name="detectron2_resnet",
+        title="Detectron2's ResNet",
+        marks=_OUR_RESNET_MARKS,
+        table=_our_resnet,
+        classifier=(_OUR_RESNET_HEAD,),
     ),
 )
 """The layouts that can be written."""

@@ -26,14 +26,16 @@ from efficient_detr.checkpoint.conversion import (
     read_keys,
     write_keys,
 )
+from efficient_detr.checkpoint.formats import without_wrappers
 from efficient_detr.checkpoint.layout import Shape, Shapes
 from efficient_detr.checkpoint.report import ConversionReport
 from efficient_detr.checkpoint.shapes import resized_position_table
 from efficient_detr.errors import UserError
 from efficient_detr.modeling.classifier import ImageClassifier
 
-_PARALLEL_PREFIX = "module."
 _HEAD = "head."
+# What classification models may have beside a backbone.
+_CLASSIFIER_PARTS = ("head", "norm", "fc")
 _HEAD_WEIGHTS = {"head.weight", "head.bias"}
 _TABLE = "relative_position_bias_table"
 _TABLE_INDEX = "relative_position_index"
@@ -74,6 +76,9 @@ def convert_backbone(
     model: nn.Module,
     source: str = "The checkpoint",
     target: str = "the model",
+    *,
+    format_name: str | None = None,
+    other_parts: bool = True,
 ) -> ConvertedState | None:
     """Convert a checkpoint that has a known backbone for a model that contains such a backbone.
 
@@ -87,23 +92,29 @@ def convert_backbone(
         model: what the weights are for.
         source: the file, for errors.
         target: the model, for errors.
+        format_name: a name in `BACKBONE_FORMATS`, to look for this backbone alone and to take it
+            from any file; None for all.
+        other_parts: whether the file may have parts beyond a classifier, which are left out.
 
     Returns:
-        None if there is no known backbone among the keys, or if the model has the backbone and
-        other parts of the file under the same names: then it is a file of such a model.
+        None if there is no known backbone among the keys. Without `format_name`, also if the model
+        has the backbone and other parts of the file under the same names: then it is a file of such
+        a model.
 
     Raises:
-        UserError: if the model has no such backbone, or one of another size.
+        UserError: if the model has no such backbone, or one of another size, or the file has parts
+            that it should not have.
     """
-    state = without_parallel_prefix(state)
-    recognized = _recognize(state)
+    state = without_wrappers(state)
+    recognized = recognize_backbone(state, format_name)
     if recognized is None:
         return None
     layout, prefix = recognized
     inside = [key for key in state if key.startswith(prefix)]
     outside = [key for key in state if not key.startswith(prefix)]
     ours = model.state_dict().keys()
-    if not ours.isdisjoint(inside) and not ours.isdisjoint(outside):
+    same_names = not ours.isdisjoint(inside) and not ours.isdisjoint(outside)
+    if same_names and format_name is None:
         return None
     state = {key.removeprefix(prefix): state[key] for key in inside}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -114,6 +125,8 @@ def convert_backbone(
     filling = _Filling(site, f"{source} does not fit {target}", report)
     report.dropped.update(read.dropped)
     report.leave_out_parts(outside, prefix)
+    if not other_parts:
+        refuse_other_parts(report, layout, source, target)
     for name, tensor in read.state.items():
         (key,) = read.sources[name]
         filling.place(name, tensor, key, shapes[key])
@@ -145,7 +158,7 @@ def export_backbone(
     if format_name not in known:
         raise UserError(f"There is no backbone format {format_name!r}: know {', '.join(known)}.")
     form = known[format_name]
-    state = without_parallel_prefix(state)
+    state = without_wrappers(state)
     prefix = find_prefix(form.marks, state)
     if prefix is None:
         raise UserError(f"{source} cannot be written as {form.title}: it has no such backbone.")
@@ -162,13 +175,6 @@ def export_backbone(
     except KeyError as error:
         reason = f"{source} cannot be written as {form.title}: {error.args[0]}"
         raise UserError(f"{reason}; that layout has no such part.") from error
-
-
-def without_parallel_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The keys without the prefix that PyTorch's modules for parallel training give to all."""
-    if not state or not all(key.startswith(_PARALLEL_PREFIX) for key in state):
-        return state
-    return {key.removeprefix(_PARALLEL_PREFIX): tensor for key, tensor in state.items()}
 
 
 def resize_tables(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -196,9 +202,41 @@ def resize_tables(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     return fitted
 
 
-def _recognize(keys: Collection[str]) -> tuple[BackboneLayout, str] | None:
-    """The layout of a file and the prefix of the backbone's keys."""
+def refuse_other_parts(
+    report: ConversionReport, layout: BackboneLayout, source: str, target: str
+) -> None:
+    """Stop where the backbone is only one part of an unknown model.
+
+    Args:
+        report: of the backbone.
+        layout: of the backbone.
+        source: the file with its backbone.
+        target: what it is for.
+
+    Raises:
+        UserError: if the file has more than a classifier has.
+    """
+    parts = [part for part in report.parts if part not in _CLASSIFIER_PARTS]
+    if parts:
+        raise UserError(
+            f"{source} is of no known format apart from its backbone: {target} has no use for its "
+            f"{', '.join(parts)}; take the backbone alone with --from {layout.name}, "
+            "--allow-partial or train.allow_partial_checkpoint=True."
+        )
+
+
+def recognize_backbone(
+    keys: Collection[str], format_name: str | None = None
+) -> tuple[BackboneLayout, str] | None:
+    """The layout of a backbone among keys and the prefix of its names, None if there is none.
+
+    Args:
+        keys: of a file.
+        format_name: the only one to look for; None for all.
+    """
     for layout in LAYOUTS:
+        if format_name not in (None, layout.name):
+            continue
         prefix = find_prefix(layout.marks, keys)
         if prefix is not None:
             return layout, prefix

@@ -79,6 +79,7 @@ def select_rows(
     source_names: Sequence[str] | None = None,
     target_names: Sequence[str] | None = None,
     allow_missing: bool = False,
+    new_classes: bool = False,
 ) -> RowSelection:
     """Find the rows of a file for the classes of a model.
 
@@ -92,6 +93,8 @@ def select_rows(
         target_names: class names of the model, likewise.
         allow_missing: whether rows without a counterpart are acceptable. If they are not, rows of
             equal number stay as they are instead of being carried over in part.
+        new_classes: whether rows of equal number are given up as well where both name their
+            classes and have none in common.
 
     Returns:
         The rows; none of them is found if the classes have nothing in common.
@@ -109,6 +112,8 @@ def select_rows(
     found = sum(row is not None for row in rows)
     if found == ours or (found and (allow_missing or unchanged is None)):
         return RowSelection((*rows, *end), by_name=True)
+    if new_classes and found == 0:
+        unchanged = None
     return unchanged or RowSelection((None,) * target)
 
 

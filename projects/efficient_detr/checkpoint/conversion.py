@@ -51,7 +51,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Copy:
-    """A weight that theirs stores once more: not read, but written.
+    """A weight that theirs stores once more: read only where its other names are missing.
 
     Attributes:
         theirs: template of the further keys.
@@ -78,7 +78,20 @@ class Drop:
     values: Callable[[Mapping[str, tuple[int, ...]]], Tensor] | None = None
 
 
-Row = Rename | Packed | Copy | Drop
+@dataclass(frozen=True)
+class Spread:
+    """One weight of theirs is several of ours: read, but not written.
+
+    Attributes:
+        theirs: template of their keys.
+        ours: templates of our keys, with the same numbers.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+
+
+Row = Rename | Packed | Copy | Drop | Spread
 
 
 @dataclass
@@ -119,6 +132,8 @@ def _below(row: Row, theirs: str, ours: str) -> Row:
         return Packed(tuple(theirs + one for one in row.theirs), ours + row.ours)
     if isinstance(row, Drop):
         return replace(row, theirs=theirs + row.theirs)
+    if isinstance(row, Spread):
+        return Spread(theirs + row.theirs, tuple(ours + one for one in row.ours))
     return replace(row, theirs=theirs + row.theirs, ours=ours + row.ours)
 
 
@@ -130,10 +145,14 @@ def read_keys(
 ) -> ReadState:
     """Find our names for the keys of a foreign checkpoint.
 
+    A copy is read where the weight itself is missing: files without duplicates keep one name of a
+    shared weight, whichever.
+
     Args:
         state: foreign key -> tensor.
         rows: of those that know a key the first decides; but one that gives a `known` name goes
-            before all that give none, or drop the key, and a copy goes last.
+            before all that give none, or drop the key, and a copy goes last. Keys that may be
+            copies or not, by the rows, are copies if all of them have the values of one.
         known: names of the model, for layouts in which one key stands for different parts.
 
     Returns:
@@ -146,17 +165,22 @@ def read_keys(
     parts: dict[str, dict[int, str]] = {}
     copies: dict[str, str] = {}
     heights: dict[str, tuple[str, ...]] = {}
+    doubtful: dict[str, str] = {}
     for key in state:
         matches = [match for row in rows for match in _matches(row, key)]
         if not matches:
             found.unknown.append(key)
             continue
         row, name, index, siblings = _best(matches, known)
+        if isinstance(row, Rename) and known:
+            doubtful.update((key, other) for kind, other, *_ in matches if isinstance(kind, Copy))
         if isinstance(row, Drop):
             found.dropped[key] = row.reason
         elif isinstance(row, Copy):
-            found.dropped[key] = "copies of other weights"
             copies[key] = name
+        elif isinstance(row, Spread):
+            found.state |= dict.fromkeys(siblings, state[key])
+            found.sources |= dict.fromkeys(siblings, (key,))
         elif isinstance(row, Packed):
             heights[name] = siblings
             parts.setdefault(name, {})[index] = key
@@ -166,9 +190,8 @@ def read_keys(
             found.state[name] = _squeezed(state[key]) if row.pointwise else state[key]
             found.sources[name] = (key,)
     _join(found, state, parts, heights)
-    found.different = [
-        key for key, name in copies.items() if _differ(state[key], found.state.get(name))
-    ]
+    copies |= _proven_copies(found, state, doubtful)
+    _compare(found, state, copies)
     return found
 
 
@@ -193,14 +216,20 @@ def convert_keys(state: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any
     return found.state
 
 
-_Match = tuple[Row, str, int, tuple[str, ...]]  # row, our name, part and all parts' keys
+# Row, our name, part, and the keys of all parts; of a spread one all of our names.
+_Match = tuple[Row, str, int, tuple[str, ...]]
 
 
 def _matches(row: Row, key: str) -> Iterable[_Match]:
     theirs = row.theirs if isinstance(row, Packed) else (row.theirs,)
     for index, template in enumerate(theirs):
         numbers = _match(template, key)
-        if numbers is not None:
+        if numbers is None:
+            continue
+        if isinstance(row, Spread):
+            names = tuple(_fill(one, numbers) for one in row.ours)
+            yield row, names[0], index, names
+        else:
             ours = "" if isinstance(row, Drop) else _fill(row.ours, numbers)
             siblings = tuple(_fill(one, numbers) for one in theirs)
             yield row, ours, index, siblings
@@ -227,6 +256,38 @@ def _join(
             continue
         found.state[name] = torch.cat([state[key] for key in siblings[name]])
         found.sources[name] = siblings[name]
+
+
+def _proven_copies(
+    found: ReadState, state: Mapping[str, Any], doubtful: Mapping[str, str]
+) -> dict[str, str]:
+    """Keys that rows call copies as well, if all have the values of those; their names are freed.
+
+    A head that all layers share is stored for each of them, as are heads of their own.
+    """
+    if any(_is_other(state[key], found.state.get(name)) for key, name in doubtful.items()):
+        return {}
+    for name in [name for name, keys in found.sources.items() if keys[0] in doubtful]:
+        del found.state[name], found.sources[name]
+    return dict(doubtful)
+
+
+def _is_other(first: Any, second: Any) -> bool:
+    """Whether two tensors are different weights; those without values may be."""
+    without_values = isinstance(first, Tensor) and first.device.type == "meta"
+    return without_values or not isinstance(second, Tensor) or _differ(first, second)
+
+
+def _compare(found: ReadState, state: Mapping[str, Any], copies: Mapping[str, str]) -> None:
+    """Drop copies, apart from the first one of a weight that is missing."""
+    for key, name in copies.items():
+        if name not in found.state and name not in found.incomplete:
+            found.state[name] = state[key]
+            found.sources[name] = (key,)
+            continue
+        found.dropped[key] = "copies of other weights"
+        if _differ(state[key], found.state.get(name)):
+            found.different.append(key)
 
 
 def _differ(first: Any, second: Any) -> bool:
@@ -277,7 +338,7 @@ def _write(name: str, tensor: Tensor, rows: Sequence[Row]) -> dict[str, Tensor] 
     made: dict[str, Tensor] | None = None
     copies: dict[str, Tensor] = {}
     for row in rows:
-        if isinstance(row, Drop):
+        if isinstance(row, Drop | Spread):
             continue
         numbers = _match(row.ours, name)
         if numbers is None:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from efficient_detr.checkpoint.backbone_layouts import LAYOUTS, BackboneLayout, find_prefix
+from efficient_detr.checkpoint.backbone_layouts import BackboneLayout
 from efficient_detr.checkpoint.backbones import (
     convert_backbone,
     export_backbone,
-    without_parallel_prefix,
+    recognize_backbone,
+    refuse_other_parts,
 )
 from efficient_detr.checkpoint.classes import (
     COCO_CLASSES,
@@ -39,18 +40,26 @@ from efficient_detr.checkpoint.converter import (
     understood,
 )
 from efficient_detr.checkpoint.formats import (
+    OWN_FORMAT,
     describe_unknown,
     find_format,
     is_backbone_format,
     recognize_format,
+    without_wrappers,
 )
-from efficient_detr.checkpoint.layout import ClassRows
+from efficient_detr.checkpoint.layout import CheckpointFormat, ClassRows
 from efficient_detr.checkpoint.report import ConversionReport
 from efficient_detr.errors import UserError
 
-__all__ = ["Conversion", "convert_checkpoint", "export_checkpoint"]
+__all__ = [
+    "Conversion",
+    "clean_weights",
+    "convert_backbone_of_file",
+    "convert_checkpoint",
+    "export_checkpoint",
+]
 
-_COUNTERS = (".total_ops", ".total_params")
+_COUNTERS = ("total_ops", "total_params")
 _BACKBONE = "detector.backbone."
 
 
@@ -94,17 +103,23 @@ def convert_checkpoint(
     Raises:
         UserError: if the format is unknown, or the file and the model do not fit.
     """
-    counted = {key: "counters of a profiler" for key in state if key.endswith(_COUNTERS)}
-    weights = without_parallel_prefix({key: state[key] for key in state if key not in counted})
-    if source_format is None:
-        found = recognize_format(weights.keys())
-    else:
-        found = None if is_backbone_format(source_format) else find_format(source_format)
+    weights, counted = clean_weights(state)
+    found = _find_format(weights, source_format, model, source)
+    conversion = None
     if found is None:
-        conversion = _convert_backbone(weights, model, source, target)
-    else:
+        conversion = convert_backbone_of_file(
+            weights,
+            model,
+            format_name=source_format,
+            allow_partial=allow_partial,
+            source=source,
+            target=target,
+        )
+    if conversion is None:
+        if found is None and not _named_alike(weights, model):
+            raise UserError(f"{source} is none for {target}: {describe_unknown(weights.keys())}.")
         converter = DetectorConverter(
-            found,
+            found or OWN_FORMAT,
             model,
             class_names=class_names,
             source_class_names=source_class_names,
@@ -119,27 +134,104 @@ def convert_checkpoint(
     return conversion
 
 
-def _convert_backbone(
-    weights: Mapping[str, Tensor], model: nn.Module | None, source: str, target: str
-) -> Conversion:
-    """Convert a file of which at most the backbone is known.
+def clean_weights(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds of a model.
+
+    Args:
+        state: keys as in the file.
+
+    Returns:
+        The weights, without prefixes that all keys have; and key -> reason for what is none.
+    """
+    counters = [key for key in state if key.rpartition(".")[2] in _COUNTERS]
+    weights = {key: tensor for key, tensor in state.items() if key not in set(counters)}
+    return dict(without_wrappers(weights)), dict.fromkeys(counters, "counters of a profiler")
+
+
+def _find_format(
+    weights: Mapping[str, Tensor], name: str | None, model: nn.Module | None, source: str
+) -> CheckpointFormat | None:
+    """The format of a whole detector; None if there is none, or the backbone alone is wanted.
 
     Raises:
-        UserError: if it is not known either, or does not fit.
+        UserError: if the file is not of the named format.
     """
-    if model is not None:
-        converted = convert_backbone(weights, model, source, target)
-        if converted is not None:
-            return Conversion(converted.state, converted.report, None)
-    for layout in LAYOUTS:
-        prefix = find_prefix(layout.marks, weights.keys())
-        if model is None and prefix is not None:
-            return _rename_backbone(weights, layout, prefix, source)
-    raise UserError(f"{source} is none for {target}: {describe_unknown(weights.keys())}.")
+    recognized = recognize_format(weights.keys())
+    if name is None or is_backbone_format(name):
+        return recognized if name is None else None
+    named = find_format(name)
+    if named.fits(weights.keys()) or (named is OWN_FORMAT and _named_alike(weights, model)):
+        return named
+    actual = describe_unknown(weights.keys())
+    if recognized is not None:
+        actual = f"its keys are those of {recognized.name} ({recognized.title})"
+    raise UserError(
+        f"{source} is not of the format {named.name} ({named.title}): {actual}; leave out --from, "
+        "or give it the format of the file."
+    )
+
+
+def _named_alike(weights: Mapping[str, Tensor], model: nn.Module | None) -> bool:
+    """Whether a file and a model, such as one of Detectron2's, have names in common."""
+    return model is not None and not model.state_dict().keys().isdisjoint(weights)
+
+
+def convert_backbone_of_file(
+    weights: Mapping[str, Tensor],
+    model: nn.Module | None,
+    *,
+    format_name: str | None = None,
+    allow_partial: bool = False,
+    source: str = "The checkpoint",
+    target: str = "the model",
+) -> Conversion | None:
+    """Convert the backbone of a file that is no known detector.
+
+    Args:
+        weights: keys as published, or ours.
+        model: what they are for; None if unknown.
+        format_name: of the backbone, to take it alone; None if unknown.
+        allow_partial: take it alone, whatever else is in the file.
+        source: the file, for errors.
+        target: the model, for errors.
+
+    Returns:
+        None if no backbone is known, or the file is of such a model.
+
+    Raises:
+        UserError: if the backbone does not fit, is not of that format, or is not alone.
+    """
+    found = recognize_backbone(weights.keys(), format_name)
+    if found is None and format_name is not None:
+        raise UserError(
+            f"{source} has no backbone of the format {format_name}: leave out --from, or give it "
+            "the format of the file."
+        )
+    if found is None:
+        return None
+    alone = not allow_partial and format_name is None
+    if model is None:
+        return _rename_backbone(weights, *found, source, target, alone)
+    converted = convert_backbone(
+        weights, model, source, target, format_name=format_name, other_parts=not alone
+    )
+    if converted is None:
+        return None
+    report = converted.report
+    known = {*converted.state, *report.initial}
+    # Nobody misses a count of batches.
+    names = (name for name in model.state_dict() if not name.endswith("num_batches_tracked"))
+    report.initial += [name for name in names if name not in known]
+    return Conversion(converted.state, report, None)
 
 
 def _rename_backbone(
-    weights: Mapping[str, Tensor], layout: BackboneLayout, prefix: str, source: str
+    weights: Mapping[str, Tensor],
+    layout: BackboneLayout,
+    prefix: str,
+    source: str,
+    target: str,
+    alone: bool,
 ) -> Conversion:
     """Give a backbone the names that it has in our detectors."""
     inside = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
@@ -159,6 +251,8 @@ def _rename_backbone(
     report.renamed = {name: inside[keys[0]] for name, keys in read.sources.items()}
     report.dropped = {inside[key]: reason for key, reason in read.dropped.items()}
     report.leave_out_parts((key for key in weights if not key.startswith(prefix)), prefix)
+    if alone:
+        refuse_other_parts(report, layout, f"{source} ({layout.describe(shapes)})", target)
     if read.unknown:
         raise UserError(
             f"{source} cannot be converted: {layout.describe(shapes)} has no {read.unknown[0]}."
@@ -189,8 +283,8 @@ def export_checkpoint(
         foreign key -> tensor; tensors may share memory.
 
     Raises:
-        UserError: if there is no such format, it has no place for a weight, or `coco_ids` is given
-            for a detector of other classes.
+        UserError: if there is no such format, the model is none that it is for, it has no place for
+            a weight, or `coco_ids` is given for a detector of other classes.
     """
     if is_backbone_format(target_format):
         return export_backbone(state, target_format, source)
@@ -202,7 +296,12 @@ def export_checkpoint(
         for name, tensor in state.items()
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    return understood(lambda: write_keys(ours, layout.write_table(shapes)), problem)
+    written = understood(lambda: write_keys(ours, layout.write_table(shapes)), problem)
+    if not layout.fits(written.keys()):
+        actual = recognize_format(written.keys())
+        advice = f"; write it as {actual.name} ({actual.title})" if actual else ""
+        raise UserError(f"{problem}: its weights are those of another model{advice}.")
+    return written
 
 
 def _published_rows(

@@ -18,17 +18,27 @@ from efficient_detr.checkpoint.classes import (
     select_rows,
     take_rows,
 )
-from efficient_detr.checkpoint.conversion import ReadState, matches_template, read_keys
+from efficient_detr.checkpoint.conversion import ReadState, read_keys
 from efficient_detr.checkpoint.formats import OWN_FORMAT
 from efficient_detr.checkpoint.layout import CheckpointFormat, ClassRows, Shape
 from efficient_detr.checkpoint.report import ConversionReport
 from efficient_detr.errors import UserError
 
-_QUERIES = "detector.queries.*"
+# Weights with a row for each query.
+_QUERIES = tuple(f"detector.queries.{name}" for name in ("position", "embedding", "content"))
 CLASS_LAYER = ".class_layer."
 # Of batches, by norms that are trained.
 _COUNTER = ".num_batches_tracked"
 _PARTIAL = "take what fits with --allow-partial or train.allow_partial_checkpoint=True"
+
+# What is said of weights that do not fit, of several and of one.
+_COPIES = "should be copies", "should be a copy"
+_UNKNOWN = "are not of this format", "is not of this format"
+_PARTS = "lack their other parts", "lacks its other parts"
+_NO_PLACE = "have no place there", "has no place there"
+_SHAPE = "have another shape there", "has another shape there"
+_OTHER_QUERIES = "have another number of queries", "has another number of queries"
+_OTHER_CLASSES = "have rows of other classes", "has rows of other classes"
 
 # What a table may do with keys that it was not made for.
 _TABLE_ERRORS = (LookupError, ValueError, RuntimeError)
@@ -86,6 +96,7 @@ class DetectorConverter:
         self._model = model
         self._class_names = class_names
         self._source_class_names = source_class_names
+        self._trains = fresh_heads
         self._fresh_heads = fresh_heads or allow_partial
         self._allow_partial = allow_partial
         self._keep_classes = keep_classes
@@ -99,10 +110,10 @@ class DetectorConverter:
         # Our names for which the file has something that does not fit.
         self._refused: set[str] = set()
         # What does not fit: what is said of many keys -> an example for each.
-        self._misfits: dict[str, list[str]] = {}
+        self._misfits: dict[tuple[str, str], list[str]] = {}
         self._selects_coco = False
-        # Classes of the file, if the model has another number of them.
-        self._num_classes: int | None = None
+        # What would make the model fit.
+        self._advice: list[str] = []
 
     def convert(self, weights: Mapping[str, Tensor]) -> Conversion:
         """Convert the weights of a file.
@@ -124,7 +135,7 @@ class DetectorConverter:
             if missing and name.endswith(_COUNTER):
                 self._report.dropped.update(dict.fromkeys(keys, "counts that frozen norms lack"))
             elif missing:
-                self._refuse(keys, "no place in the model", "have no place there", keys[0])
+                self._refuse(keys, "no place in the model", _NO_PLACE, keys[0])
             elif (rule := self._layout.class_rule(name, ours)) is not None:
                 self._place_classes(rule, name, tensor, keys)
             elif name in resized:
@@ -143,22 +154,26 @@ class DetectorConverter:
         for key in weights:
             if key in read.different:
                 del self._report.dropped[key]
-                self._refuse([key], "not the copy that it should be", "should be copies", key)
+                self._refuse([key], "not the copy that it should be", _COPIES, key)
             elif key in read.unknown:
-                self._refuse([key], "not of this format", "are not of this format", key)
+                self._refuse([key], "not of this format", _UNKNOWN, key)
             elif key not in used and key not in read.dropped:
-                self._refuse([key], "other parts are missing", "lack their other parts", key)
+                self._refuse([key], "other parts are missing", _PARTS, key)
 
     def _place(self, name: str, tensor: Tensor, keys: Sequence[str], stored: Shape) -> None:
         """Take a weight without classes, if it has the shape that the model wants."""
         if self._model is not None and tensor.shape != self._initial[name].shape:
             shape, wanted = tuple(tensor.shape), tuple(self._initial[name].shape)
-            if self._fresh_heads and matches_template(_QUERIES, name) and shape[1:] == wanted[1:]:
+            other_queries = name in _QUERIES and shape[1:] == wanted[1:]
+            if self._fresh_heads and other_queries:
                 self._leave_fresh(name, keys, f"{shape[0]} queries instead of {wanted[0]}")
                 return
             self._refused.add(name)
             text = f"{_shape(shape)} instead of {_shape(wanted)}"
-            self._refuse(keys, text, "have another shape there", f"{keys[0]}: {text}")
+            kind = _OTHER_QUERIES if other_queries else _SHAPE
+            if other_queries:
+                self._advise(f"set model.detector.queries.num_queries={shape[0]}")
+            self._refuse(keys, text, kind, f"{keys[0]}: {text}")
             return
         self._state[name] = tensor
         self._note_taken(name, tensor, keys, stored)
@@ -195,10 +210,13 @@ class DetectorConverter:
             source_names=self._source_class_names,
             target_names=self._class_names,
             allow_missing=self._fresh_heads,
+            new_classes=self._trains,
         )
         if not selection.complete and not self._fresh_heads:
             self._refused.add(name)
-            self._refuse_classes(keys[0], theirs - background, target - background)
+            self._refuse_classes(
+                keys[0], theirs - self._background_of_file(name, background), target - background
+            )
         elif selection.found == 0 or (not selection.complete and _has_no_values(initial)):
             self._leave_fresh(name, keys, "rows of other classes")
         elif selection.rows == tuple(range(len(tensor))):
@@ -217,6 +235,12 @@ class DetectorConverter:
             return background_rows(rows)
         head = self._model.get_submodule(name.partition(CLASS_LAYER)[0])
         return int(getattr(head, "background_classes", 0))
+
+    def _background_of_file(self, name: str, of_model: int) -> int:
+        """The same for the file; ours do not say so, and are taken for files of such a model."""
+        if self._layout is OWN_FORMAT:
+            return of_model
+        return int(self._layout.no_object and CLASS_LAYER in name)
 
     def _rows(self, rows: int, background: int) -> int:
         """How many rows to make where there is no model that would say so."""
@@ -248,7 +272,13 @@ class DetectorConverter:
         self._fresh.add(name)
         self._report.dropped.update(dict.fromkeys(keys, reason))
 
-    def _refuse(self, keys: Sequence[str], reason: str, kind: str, example: str) -> None:
+    def _advise(self, advice: str) -> None:
+        if advice not in self._advice:
+            self._advice.append(advice)
+
+    def _refuse(
+        self, keys: Sequence[str], reason: str, kind: tuple[str, str], example: str
+    ) -> None:
         self._report.unexpected.update(dict.fromkeys(keys, reason))
         self._misfits.setdefault(kind, []).append(example)
 
@@ -256,9 +286,13 @@ class DetectorConverter:
         text = f"{theirs} classes instead of {ours}"
         if theirs == ours:
             text = "not all of the model's classes"
-        else:
-            self._num_classes = theirs
-        self._refuse([key], text, "have rows of other classes", f"{key}: {text}")
+        if self._class_names is not None and len(self._class_names) == ours:
+            self._advise(
+                "it was trained for other classes than those of the data set, so fine-tune it first"
+            )
+        elif theirs != ours:
+            self._advise(f"set model.num_classes={theirs}")
+        self._refuse([key], text, _OTHER_CLASSES, f"{key}: {text}")
 
     def _check(self) -> None:
         """Refuse what does not fit, in one sentence.
@@ -273,18 +307,21 @@ class DetectorConverter:
             if name not in excused and not name.endswith(_COUNTER)
         ]
         problems = [
-            f"{len(examples)} of its weights {kind} ({_examples(examples)})"
-            for kind, examples in self._misfits.items()
+            f"{len(examples)} of its weights {kinds[len(examples) == 1]} ({_examples(examples)})"
+            for kinds, examples in self._misfits.items()
         ]
         if missing:
-            problems.append(
-                f"it has nothing for {len(missing)} weights of the model ({_examples(missing)})"
-            )
+            weights = f"{len(missing)} weight{'s' if len(missing) > 1 else ''}"
+            problems.append(f"it has nothing for {weights} of the model ({_examples(missing)})")
         if not problems or (self._allow_partial and self._state):
             return
         advice = "choose the config that belongs to the file"
-        if len(problems) == 1 and self._num_classes is not None:
-            advice = f"set model.num_classes={self._num_classes}"
+        if (
+            self._advice
+            and not missing
+            and self._misfits.keys() <= {_OTHER_QUERIES, _OTHER_CLASSES}
+        ):
+            advice = " and ".join(self._advice)
         raise UserError(
             f"{self._source} does not fit {self._target}: {', '.join(problems)}; {advice}, "
             f"or {_PARTIAL}."

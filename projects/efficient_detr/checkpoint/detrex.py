@@ -12,6 +12,7 @@ from efficient_detr.checkpoint.heads import (
     box_layers,
     class_layer,
     count_keys,
+    head_rows_of_file,
 )
 from efficient_detr.checkpoint.layout import (
     DETECTOR_CLASS_ROWS,
@@ -26,8 +27,10 @@ from efficient_detr.checkpoint.official import (
     OUR_ENCODER_LAYER,
     box_queries,
     deformable_attention,
+    dense_attention,
     dino_decoder,
     proposal_features,
+    refuse_efficient_detr,
     score_network,
 )
 from efficient_detr.checkpoint.resnet import torchvision_resnet
@@ -43,8 +46,10 @@ def _detr(backbone: list[Row]) -> list[Row]:
     return [
         *backbone,
         Rename("input_proj.*", "detector.neck.convs.0.*"),
-        Rename(ENCODER_LAYER + "attentions.0.attn.*", OUR_ENCODER_LAYER + "attention.*"),
-        Rename(DECODER_LAYER + "attentions.1.attn.*", OUR_DECODER_LAYER + "cross_attention.*"),
+        *dense_attention(ENCODER_LAYER + "attentions.0.attn.", OUR_ENCODER_LAYER + "attention."),
+        *dense_attention(
+            DECODER_LAYER + "attentions.1.attn.", OUR_DECODER_LAYER + "cross_attention."
+        ),
         *_shared_by_all_layers(),
         Rename("transformer.decoder.post_norm_layer.*", "detector.decoder.norm.*"),
         Rename("query_embed.weight", "detector.queries.position"),
@@ -74,16 +79,17 @@ def _detr_dc5_table(_: Shapes) -> list[Row]:
 
 
 def _read_deformable(shapes: Shapes) -> list[Row]:
-    return _deformable_table(_heads_of_file(shapes))
+    return _deformable_table(_head_rows_of_file(shapes))
 
 
 def _write_deformable(shapes: Shapes) -> list[Row]:
-    return _deformable_table(NumberedHeads.of_model(shapes))
+    refuse_efficient_detr(shapes, "detrex")
+    return _deformable_table(NumberedHeads.of_model(shapes).rows())
 
 
-def _deformable_table(heads: NumberedHeads) -> list[Row]:
+def _deformable_table(heads: list[Row]) -> list[Row]:
     return [
-        *heads.rows(),
+        *heads,
         *_deformable_transformer(),
         *deformable_attention(ENCODER_LAYER + "attentions.0.", OUR_ENCODER_LAYER + "attention."),
         *box_queries("query_embedding.weight"),
@@ -92,28 +98,28 @@ def _deformable_table(heads: NumberedHeads) -> list[Row]:
 
 def _read_dino(shapes: Shapes) -> list[Row]:
     objects = count_keys(shapes, ENCODER_LAYER + "attentions.0.attn.in_proj_weight")
-    return _dino_table(_heads_of_file(shapes), objects)
+    return _dino_table(_head_rows_of_file(shapes), objects)
 
 
 def _write_dino(shapes: Shapes) -> list[Row]:
     objects = count_keys(shapes, OUR_ENCODER_LAYER + "object_attention.norm.weight")
-    return _dino_table(NumberedHeads.of_model(shapes), objects)
+    return _dino_table(NumberedHeads.of_model(shapes).rows(), objects)
 
 
-def _dino_table(heads: NumberedHeads, objects: int) -> list[Row]:
+def _dino_table(heads: list[Row], objects: int) -> list[Row]:
     """DINO, or Focus-DETR.
 
     Args:
-        heads: the prediction heads.
+        heads: rows of the prediction heads.
         objects: number of encoder layers in which object tokens attend to each other: Focus-DETR's.
             Those attentions come before the deformable ones.
     """
     focus: list[Row] = [
         Rename("transformer.alpha", "detector.selection.modulation"),
         *score_network(),
-        Rename(
-            ENCODER_LAYER + "attentions.0.attn.*",
-            OUR_ENCODER_LAYER + "object_attention.attention.*",
+        *dense_attention(
+            ENCODER_LAYER + "attentions.0.attn.",
+            OUR_ENCODER_LAYER + "object_attention.attention.",
         ),
         Rename(ENCODER_LAYER + "norm2.*", OUR_ENCODER_LAYER + "object_attention.norm.*"),
         *(
@@ -124,7 +130,7 @@ def _dino_table(heads: NumberedHeads, objects: int) -> list[Row]:
         ),
     ]
     return [
-        *heads.rows(),
+        *heads,
         *_deformable_transformer(),
         *(focus if objects else []),
         *deformable_attention(
@@ -134,8 +140,8 @@ def _dino_table(heads: NumberedHeads, objects: int) -> list[Row]:
     ]
 
 
-def _heads_of_file(shapes: Shapes) -> NumberedHeads:
-    return NumberedHeads.of_file(shapes, DECODER_LAYER + "norms.0.weight")
+def _head_rows_of_file(shapes: Shapes) -> list[Row]:
+    return head_rows_of_file(shapes, DECODER_LAYER + "norms.0.weight")
 
 
 def _deformable_transformer() -> list[Row]:
@@ -163,7 +169,9 @@ def _shared_by_all_layers() -> list[Row]:
         Rename(ENCODER_LAYER + "norms.0.*", OUR_ENCODER_LAYER + "attention_norm.*"),
         Rename(ENCODER_LAYER + "norms.1.*", OUR_ENCODER_LAYER + "feedforward_norm.*"),
         *_feedforward(ENCODER_LAYER, OUR_ENCODER_LAYER),
-        Rename(DECODER_LAYER + "attentions.0.attn.*", OUR_DECODER_LAYER + "self_attention.*"),
+        *dense_attention(
+            DECODER_LAYER + "attentions.0.attn.", OUR_DECODER_LAYER + "self_attention."
+        ),
         *(
             Rename(f"{DECODER_LAYER}norms.{number}.*", f"{OUR_DECODER_LAYER}{ours}.*")
             for number, ours in enumerate(decoder_norms)
@@ -205,6 +213,7 @@ FORMATS = (
         title="DETR of IDEA-Research/detrex",
         marks=_DETR_MARKS,
         excluded=(_TORCHVISION_STEM,),
+        no_object=True,
         read_table=_detr_table,
         write_table=_detr_table,
     ),
@@ -212,6 +221,7 @@ FORMATS = (
         name="detrex_detr_dc5",
         title="DETR-DC5 of IDEA-Research/detrex",
         marks=(*_DETR_MARKS, _TORCHVISION_STEM),
+        no_object=True,
         read_table=_detr_dc5_table,
         write_table=_detr_dc5_table,
     ),

@@ -71,6 +71,11 @@ def parse_address(text: str) -> Address:
         UserError: if something else follows, or there is no file name.
     """
     parts = urlsplit(text)
+    if parts.scheme == "file":
+        raise UserError(
+            f"{text} is a file of this machine: give its path without file://. Addresses may begin "
+            "with https://, http:// or detectron2://."
+        )
     queries = parse_qsl(parts.query, keep_blank_values=True)
     unknown = [pair for pair in queries if pair != _MATCHING and pair[0] != _MEANINGLESS]
     if unknown:
@@ -87,7 +92,10 @@ def parse_address(text: str) -> Address:
     url = f"{parts.scheme}://{parts.netloc}{parts.path}"
     address = Address(url, _MATCHING in queries, digest[1].lower() if digest else "")
     if not parts.netloc or not address.name or not parts.path:
-        raise UserError(f"The address {text} names no file: check train.init_checkpoint.")
+        raise UserError(
+            f"The address {text} names no file: give one such as https://host/folder/weights.pth, "
+            "http://... or detectron2://..."
+        )
     named = _DIGEST_IN_NAME.search(address.name)
     return address if digest or named is None else Address(url, address.matching, named[1])
 
@@ -179,7 +187,7 @@ def _verify(address: Address, path: str) -> None:
         return
     _discard(path)
     raise UserError(
-        f"The file of {address.url} has the SHA-256 {found}, which does not begin with "
-        f"{address.digest}, and was deleted: try again, or append #sha256={found[:8]} to the "
-        "address if you trust the file."
+        f"The file at {address.url} is not the one that its address promises, but damaged or "
+        f"tampered with, and was deleted: its SHA-256 is {found} and does not begin with "
+        f"{address.digest}; try again, or ask its authors."
     )

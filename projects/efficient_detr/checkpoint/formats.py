@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor
 
 from efficient_detr.checkpoint import detrex, hugging_face, official, smca
 from efficient_detr.checkpoint.backbone_layouts import BACKBONE_FORMATS
@@ -11,6 +13,8 @@ from efficient_detr.checkpoint.layout import CheckpointFormat, Shapes
 from efficient_detr.errors import UserError
 
 _EXAMPLES = 3
+# Of parallel training, of compiled modules, and of modules that hold a model for a trainer.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def _names_stay(_: Shapes) -> list[Row]:
@@ -58,6 +62,19 @@ def find_format(name: str) -> CheckpointFormat:
 def recognize_format(keys: Collection[str]) -> CheckpointFormat | None:
     """The format of a file with these keys, None if it is none of a whole detector."""
     return next((one for one in FORMATS if one.fits(keys)), None)
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The keys without the prefixes that modules around a model give to all of them.
+
+    Files of Hugging Face can begin with `model.` throughout, so a known format stays as it is.
+    """
+    while state and recognize_format(state.keys()) is None:
+        found = [one for one in _WRAPPERS if all(key.startswith(one) for key in state)]
+        if not found:
+            break
+        state = {key.removeprefix(found[0]): tensor for key, tensor in state.items()}
+    return state
 
 
 def describe_unknown(keys: Collection[str]) -> str:

@@ -20,7 +20,12 @@ from efficient_detr.checkpoint.conversion import (
     Row,
     below,
 )
-from efficient_detr.checkpoint.heads import NumberedHeads, box_layers, class_layer, count_keys
+from efficient_detr.checkpoint.heads import (
+    NumberedHeads,
+    box_layers,
+    class_layer,
+    head_rows_of_file,
+)
 from efficient_detr.checkpoint.layout import DETECTOR_CLASS_ROWS, CheckpointFormat, Shapes
 from efficient_detr.checkpoint.official import (
     FIRST_ROW_DECIDES,
@@ -32,6 +37,7 @@ from efficient_detr.checkpoint.official import (
     levels_of_file,
     levels_of_model,
     proposal_features,
+    refuse_efficient_detr,
 )
 from efficient_detr.checkpoint.resnet import torchvision_resnet
 
@@ -142,24 +148,14 @@ def _detr(release: _Release) -> list[Row]:
 
 
 def _read_deformable(release: _Release, shapes: Shapes) -> list[Row]:
-    proposals = "model.enc_output.weight" in shapes
-    refines = any(key.startswith("model.decoder.bbox_embed.") for key in shapes)
-    own = NumberedHeads(
-        decoder_layers=count_keys(shapes, _DECODER_LAYER + "final_layer_norm.weight"),
-        one_head=False,
-        proposals=proposals,
-        encoder_layers=0,
-    )
-    # Keys alone do not tell heads of layers from copies of one head where what refinement has below
-    # the decoder was not saved: then the names of the model decide, if there is one.
-    heads = [own] if refines or proposals else [replace(own, one_head=True), own]
     return [
-        *(row for one in heads for row in _head_rows_of_file(one, shapes)),
+        *head_rows_of_file(shapes, _DECODER_LAYER + "final_layer_norm.weight", "model."),
         *_deformable_detr(release, *levels_of_file(shapes, _INPUT_PROJECTIONS)),
     ]
 
 
 def _write_deformable(release: _Release, shapes: Shapes) -> list[Row]:
+    refuse_efficient_detr(shapes, "transformers")
     heads = NumberedHeads.of_model(shapes).rows()
     return [*_renamed_official(heads), *_deformable_detr(release, *levels_of_model(shapes))]
 
@@ -195,21 +191,6 @@ def _renamed_official(rows: Iterable[Row]) -> list[Rename | Copy]:
     ]
 
 
-def _head_rows_of_file(heads: NumberedHeads, shapes: Shapes) -> list[Row]:
-    """The rows of those heads that a file has.
-
-    The library saves only one of several names of a weight, and that may be the name of a copy.
-    """
-    found: list[Row] = []
-    known: set[str] = set()
-    for row in _renamed_official(heads.rows()):
-        if any(key.startswith(row.theirs.removesuffix("*")) for key in shapes):
-            kind = Copy if row.ours in known else Rename
-            found.append(kind(row.theirs, row.ours))
-            known.add(row.ours)
-    return found
-
-
 # Formats -----------------------------------------------------------------------------------------
 
 
@@ -225,6 +206,7 @@ def _formats(release: _Release, suffix: str, names: str) -> tuple[CheckpointForm
                 _DECODER_LAYER + "encoder_attn.q_proj.weight",
                 "class_labels_classifier.weight",
             ),
+            no_object=True,
             read_table=lambda _: detr,
             write_table=lambda _: detr,
         ),

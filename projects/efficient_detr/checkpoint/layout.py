@@ -51,6 +51,7 @@ class CheckpointFormat:
         excluded: templates of keys that other formats with the same marks have.
         read_table: the table for a file, made from the shapes of its weights.
         write_table: the table for a model of ours, made from the shapes of its weights.
+        no_object: whether class layers have a row for "no object" after those of classes.
         class_rows: weights with rows of classes; of several rules that fit the first decides.
     """
 
@@ -60,6 +61,7 @@ class CheckpointFormat:
     read_table: Callable[[Shapes], list[Row]]
     write_table: Callable[[Shapes], list[Row]]
     excluded: tuple[str, ...] = ()
+    no_object: bool = False
     class_rows: tuple[ClassRows, ...] = field(default=DETECTOR_CLASS_ROWS)
 
     def fits(self, keys: Collection[str]) -> bool:

@@ -13,6 +13,8 @@ from efficient_detr.checkpoint.heads import (
     box_layers,
     class_layer,
     count_keys,
+    head_rows_of_file,
+    spread_over_layers,
 )
 from efficient_detr.checkpoint.layout import (
     DETECTOR_CLASS_ROWS,
@@ -58,8 +60,8 @@ def _write_backbone(shapes: Shapes, swin: str) -> list[Row]:
 def detr() -> list[Row]:
     """DETR behind the backbone, with the norms after or before the branches of a layer."""
     return [
-        Rename(ENCODER_LAYER + "self_attn.*", OUR_ENCODER_LAYER + "attention.*"),
-        Rename(DECODER_LAYER + "multihead_attn.*", OUR_DECODER_LAYER + "cross_attention.*"),
+        *dense_attention(ENCODER_LAYER + "self_attn.", OUR_ENCODER_LAYER + "attention."),
+        *dense_attention(DECODER_LAYER + "multihead_attn.", OUR_DECODER_LAYER + "cross_attention."),
         # In the order of execution: self-attention, cross-attention, feed-forward network.
         *_decoder_norms(self_attention=1, cross_attention=2, feedforward=3),
         *_shared_by_all_layers(),
@@ -86,23 +88,32 @@ def _detectron2_table(_: Shapes) -> list[Row]:
     ]
 
 
+def dense_attention(theirs: str, ours: str) -> list[Row]:
+    """One attention of PyTorch's, below templates that end in a dot, without further parts."""
+    return [
+        Rename(f"{theirs}{part}", f"{ours}{part}")
+        for part in ("in_proj_weight", "in_proj_bias", "out_proj.*")
+    ]
+
+
 # Deformable attention ----------------------------------------------------------------------------
 
 
 def _read_deformable(shapes: Shapes) -> list[Row]:
-    heads = NumberedHeads.of_file(shapes, DECODER_LAYER + "norm1.weight")
+    heads = head_rows_of_file(shapes, DECODER_LAYER + "norm1.weight")
     return [*_read_backbone(_BODY), *_deformable_rows(heads, *levels_of_file(shapes))]
 
 
 def _write_deformable(shapes: Shapes) -> list[Row]:
-    rows = _deformable_rows(NumberedHeads.of_model(shapes), *levels_of_model(shapes))
+    heads = NumberedHeads.of_model(shapes).rows()
+    rows = _deformable_rows(heads, *levels_of_model(shapes))
     return [*_write_backbone(shapes, _BODY), *rows]
 
 
-def _deformable_rows(heads: NumberedHeads, maps: int, levels: int) -> list[Row]:
+def _deformable_rows(heads: list[Row], maps: int, levels: int) -> list[Row]:
     """Deformable DETR in all its stages, and Sparse DETR."""
     return [
-        *heads.rows(),
+        *heads,
         *score_network(),
         *_deformable_transformer(maps, levels),
         *box_queries("query_embed.weight"),
@@ -120,11 +131,37 @@ def box_queries(embedding: str) -> list[Row]:
 
 
 def _read_dino(shapes: Shapes) -> list[Row]:
-    return [*_read_backbone(_BACKBONE), *_dino_rows(*levels_of_file(shapes))]
+    layers = count_keys(shapes, DECODER_LAYER + "norm1.weight")
+    return [
+        *_read_backbone(_BACKBONE),
+        *_shared_dino_heads(shapes, layers),
+        *_dino_rows(*levels_of_file(shapes)),
+    ]
 
 
 def _write_dino(shapes: Shapes) -> list[Row]:
     return [*_write_backbone(shapes, _BACKBONE), *_dino_rows(*levels_of_model(shapes))]
+
+
+def _shared_dino_heads(shapes: Shapes, layers: int) -> list[Row]:
+    """Rows for a head that a file without duplicates has as that of one layer."""
+    rows: list[Row] = []
+    for name, row_of, ours in (
+        ("class_embed", class_layer, "class_layer.*"),
+        ("bbox_embed", box_layers, "box_layers.*"),
+    ):
+        numbered = [f"{place}{name}." for place in ("", "transformer.decoder.")]
+        stored = {
+            p + key[len(p) :].partition(".")[0]
+            for key in shapes
+            for p in numbered
+            if key.startswith(p)
+        }
+        if len({head.rpartition(".")[2] for head in stored}) == 1:
+            # Where it is stored at both places, the other one is compared as a copy.
+            row = row_of(min(stored), "detector.decoder.heads.0.")
+            rows += spread_over_layers([row], ours, layers)
+    return rows
 
 
 def _dino_rows(maps: int, levels: int) -> list[Row]:
@@ -224,7 +261,7 @@ def _decoder_norms(*, self_attention: int, cross_attention: int, feedforward: in
 def _shared_by_all_layers() -> list[Row]:
     """What DETR and Deformable DETR name alike inside their layers."""
     return [
-        Rename(DECODER_LAYER + "self_attn.*", OUR_DECODER_LAYER + "self_attention.*"),
+        *dense_attention(DECODER_LAYER + "self_attn.", OUR_DECODER_LAYER + "self_attention."),
         Rename(ENCODER_LAYER + "norm1.*", OUR_ENCODER_LAYER + "attention_norm.*"),
         Rename(ENCODER_LAYER + "norm2.*", OUR_ENCODER_LAYER + "feedforward_norm.*"),
         Rename(ENCODER_LAYER + "linear1.*", OUR_ENCODER_LAYER + "feedforward.expand.*"),
@@ -278,7 +315,6 @@ _DINO_QUERIES = "transformer.tgt_embed.weight"
 _DEFORMABLE_MARKS = (
     ENCODER_LAYER + "self_attn.sampling_offsets.weight",
     DECODER_LAYER + "cross_attn.sampling_offsets.weight",
-    "class_embed.{head}.weight",
 )
 
 
@@ -289,6 +325,16 @@ def _embeds_boxes_as_content(shapes: Shapes) -> bool:
     """
     projection = shapes.get("detector.queries.projection.weight")
     return projection is None or projection[0] == projection[1]
+
+
+def refuse_efficient_detr(shapes: Shapes, library: str) -> None:
+    """Stop the writing of a model of ours that a library lacks.
+
+    Raises:
+        ValueError: for Efficient DETR.
+    """
+    if not _embeds_boxes_as_content(shapes):
+        raise ValueError(f"{library} has no Efficient DETR")
 
 
 FIRST_ROW_DECIDES = ClassRows(
@@ -309,6 +355,7 @@ FORMATS = (
         ),
         # SMCA is DETR with more in its decoder.
         excluded=(DECODER_LAYER + "point1.*",),
+        no_object=True,
         read_table=_detr_table,
         write_table=_detr_table,
     ),
@@ -320,6 +367,7 @@ FORMATS = (
             "detr.class_embed.weight",
             "detr.query_embed.weight",
         ),
+        no_object=True,
         read_table=_detectron2_table,
         write_table=_detectron2_table,
     ),

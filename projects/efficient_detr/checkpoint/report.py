@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ Shape = tuple[int, ...]
 
 _EXAMPLES = 3
 _REASONS = 6
+# With the three columns before, lines get as long as those of most terminals.
+_DETAIL_WIDTH = 68
 
 
 @dataclass
@@ -63,7 +66,9 @@ class ConversionReport:
     def read(self) -> int:
         """Number of weights of the checkpoint."""
         joined = sum(map(len, self.packed.values()))
-        used = self.filled - len(self.packed) + joined
+        # One weight of theirs may fill several of ours.
+        spread = len(self.renamed) - len(set(self.renamed.values()))
+        used = self.filled - len(self.packed) + joined - spread
         return used + len(self.dropped) + len(self.unexpected)
 
     def leave_out_parts(self, keys: Iterable[str], prefix: str) -> None:
@@ -82,8 +87,14 @@ class ConversionReport:
                 self.parts.append(part)
 
     def table(self) -> str:
-        """One row for each fate: weights of the checkpoint, weights of ours, and details."""
-        joined = sum(map(len, self.packed.values()))
+        """One row for each fate: weights of the checkpoint, weights of ours, and details.
+
+        Lines are at most 120 characters long, unless a name is longer than its column.
+        """
+        read = {
+            "renamed": len(set(self.renamed.values())),
+            "joined": sum(map(len, self.packed.values())),
+        }
         taken = [
             ("taken as they are", self.matched, ""),
             ("renamed", self.renamed, _arrows(self.renamed)),
@@ -93,7 +104,7 @@ class ConversionReport:
             ("rows of classes taken", self.class_rows, _counted(self.class_rows.values())),
         ]
         rows: list[tuple[str, int | None, int | None, str]] = [
-            (fate, joined if names is self.packed else len(names), len(names), details)
+            (fate, read.get(fate, len(names)), len(names), details)
             for fate, names, details in taken
         ]
         rows += [
@@ -101,7 +112,7 @@ class ConversionReport:
             ("without a place", len(self.unexpected), None, _with_reasons(self.unexpected)),
             ("left at their initial values", None, len(self.initial), _examples(self.initial)),
         ]
-        shown = [row for row in rows if row[1] or row[2]]
+        shown = [(*row[:3], _wrapped(row[3])) for row in rows if row[1] or row[2]]
         shown.append(("all", self.read, self.filled + len(self.initial), ""))
         headers = ["weights", "checkpoint", "model", ""]
         return str(tabulate(shown, headers=headers, colalign=("left", "right", "right", "left")))
@@ -124,9 +135,25 @@ def _shape(shape: Shape) -> str:
 
 def _counted(texts: Iterable[str]) -> str:
     counts = Counter(texts).most_common()
-    listed = "; ".join(f"{count} {text}" for text, count in counts[:_REASONS])
-    rest = sum(count for _, count in counts[_REASONS:])
-    return listed + (f"; {rest} for other reasons" if rest else "")
+    listed = [f"{text} ({_weights(count)})" for text, count in counts[:_REASONS]]
+    if rest := counts[_REASONS:]:
+        listed.append(f"{len(rest)} others ({_weights(sum(count for _, count in rest))})")
+    return "; ".join(listed)
+
+
+def _weights(count: int) -> str:
+    return f"{count} weight{'' if count == 1 else 's'}"
+
+
+def _wrapped(text: str) -> str:
+    """The text in lines, broken where an item ends, or between words of a long one."""
+    items = text.split("; ")
+    # Lines are not broken at such spaces.
+    kept = [one if len(one) >= _DETAIL_WIDTH else one.replace(" ", "\xa0") for one in items]
+    lines = textwrap.wrap(
+        "; ".join(kept), _DETAIL_WIDTH, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def _with_reasons(keys: dict[str, str]) -> str:

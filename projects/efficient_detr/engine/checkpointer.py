@@ -12,8 +12,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from efficient_detr.checkpoint.backbones import convert_backbone, without_parallel_prefix
-from efficient_detr.checkpoint.convert import Conversion, convert_checkpoint
+from efficient_detr.checkpoint.convert import (
+    Conversion,
+    clean_weights,
+    convert_backbone_of_file,
+    convert_checkpoint,
+)
 from efficient_detr.checkpoint.downloads import (
     download,
     is_address,
@@ -25,7 +29,7 @@ from efficient_detr.checkpoint.files import (
     read_checkpoint,
     unreadable,
 )
-from efficient_detr.checkpoint.formats import OWN_FORMAT, recognize_format
+from efficient_detr.checkpoint.formats import recognize_format
 from efficient_detr.checkpoint.report import ConversionReport
 from efficient_detr.errors import UserError
 from efficient_detr.files import replaced_file
@@ -47,8 +51,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     read: neither ``.pth`` nor ``.pkl`` nor ``.safetensors``.
 
     Files in published formats are converted when they are loaded, and nothing is loaded before the
-    whole file is known to fit. If only its backbone is known, only that is loaded. A table says
-    what became of the weights.
+    whole file is known to fit. Of other detectors with a known backbone that alone is loaded if
+    `allow_partial` is set. A table says what became of the weights.
 
     Args:
         model: the model; it may be wrapped for distributed training.
@@ -227,38 +231,42 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: if that is not possible.
         """
-        weights = dict(without_parallel_prefix(checkpoint["model"]))
+        stored = checkpoint["model"]
+        weights, _ = clean_weights(stored)
         names = stored_class_names(checkpoint)
         ours = _shapes(self.model.state_dict())
         self._warn_of_other_classes(names)
         checkpoint["model"] = weights
-        same_classes = names is None or self.class_names is None or names == self.class_names
+        same_classes = self.class_names is None or names == self.class_names
+        # Whatever an evaluation makes of them, it does without knowing what they were.
+        same_classes |= names is None and not self.checkpointables
         if same_classes and _shapes(weights) == ours:
             checkpoint.pop("matching_heuristics", None)
             return
-        self._conversion = self._converted(checkpoint, names)
+        self._conversion = self._converted(checkpoint, stored, names)
         if self._conversion is not None:
             checkpoint["model"] = self._conversion.state
             # Names are exact now; matching them by their ends would misplace heads and norms.
             checkpoint.pop("matching_heuristics", None)
 
     def _converted(
-        self, checkpoint: Mapping[str, Any], names: list[str] | None
+        self, checkpoint: Mapping[str, Any], stored: Mapping[str, Tensor], names: list[str] | None
     ) -> Conversion | None:
         """The weights of a file for the model; None for files that Detectron2 itself knows."""
-        weights, source = checkpoint["model"], f"The checkpoint {self._name}"
-        known = recognize_format(weights) is not None
-        if not known:
-            backbone = convert_backbone(weights, self.model, source, self.model_name)
-            if backbone is not None:
-                return Conversion(backbone.state, backbone.report, None)
-            if checkpoint.get("matching_heuristics") or "__author__" in checkpoint:
-                # Of its model zoo, where things may be missing.
-                return None
-        named_alike = not known and not self.model.state_dict().keys().isdisjoint(weights)
+        source = f"The checkpoint {self._name}"
+        weights = checkpoint["model"]
+        of_zoo = checkpoint.get("matching_heuristics") or "__author__" in checkpoint
+        if of_zoo and recognize_format(weights) is None:
+            # In Detectron2's model zoo things may be missing, and names are other ones.
+            return convert_backbone_of_file(
+                weights,
+                self.model,
+                allow_partial=self.allow_partial,
+                source=source,
+                target=self.model_name,
+            )
         return convert_checkpoint(
-            weights,
-            source_format=OWN_FORMAT.name if named_alike else None,
+            stored,
             model=self.model,
             class_names=self.class_names,
             source_class_names=names,
@@ -329,9 +337,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _log_backbone(self, report: ConversionReport, missing: list[str]) -> None:
         """Say what became of the weights of a file whose backbone was loaded."""
         inside = f"{report.target}." if report.target else ""
-        others = [
-            name for name in missing if not name.startswith(inside) and name not in report.initial
-        ]
+        others = [name for name in missing if not name.startswith(inside)]
         remarks = []
         # A head is no part of the backbone of a classifier, so nobody misses it in a detector.
         parts = [part for part in report.parts if part != "head"]

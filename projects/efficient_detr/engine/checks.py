@@ -136,15 +136,19 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
+            if text.startswith("-"):
+                raise UserError(
+                    f"'{text}' stands among the overrides: put options of the command before them."
+                ) from error
             key = text.partition("=")[0]
             if dotted := _dotted(key):
                 raise UserError(
                     f"The override '{text}' counts in brackets: write '{dotted}' for '{key}'."
                 ) from error
             raise UserError(
-                f"The override '{text}' is not of the form path.to.key=value: options such as "
-                "--eval-only go before the overrides, and values with spaces, brackets, commas, # "
-                "or non-ASCII letters need inner quotes, e.g. \"train.output_dir='/a/b c'\"."
+                f"The override '{text}' is not of the form path.to.key=value: values with spaces, "
+                "brackets, commas, # or non-ASCII letters need inner quotes, e.g. "
+                "\"train.output_dir='/a/b c'\"."
             ) from error
         if override.is_delete():
             raise UserError(f"'{text}': keys cannot be deleted; set the key to null instead.")
