@@ -375,24 +375,36 @@ def test_memory_of_training_has_the_optimizer_in_it(run: tuple[dict[str, Any], i
     assert training > inference + 3 * 4 * 500_000
 
 
-def test_a_lack_of_memory_leaves_one_contender_out(
-    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """The second config fails in its second turn, as a busy GPU may."""
-    other = tmp_path / "other.py"
+def two_configs(classifier: str, folder: Path) -> list[str]:
+    """Arguments for the classifier and another like it."""
+    other = folder / "other.py"
     other.write_text(CLASSIFIER)
+    return ["--config-file", classifier, str(other), "--image-size", "32", "32"]
+
+
+def fail_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let a pass of inference fail, counted from 1 over all configs; returns the passes begun."""
     calls: list[Any] = []
     work = passes.InferencePass.__call__
 
     def call(self: Any) -> None:
         calls.append(self)
-        if len(calls) == 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        if len(calls) == number:
+            raise error
         work(self)
 
     monkeypatch.setattr(passes.InferencePass, "__call__", call)
+    return calls
+
+
+def test_a_lack_of_memory_leaves_one_contender_out(
+    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The second config fails in its second turn, as a busy GPU may."""
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    calls = fail_at(4, error, monkeypatch)
     monkeypatch.setattr(bench, "in_own_process", lambda *_: {"inference": 1})
-    arguments = ["--config-file", classifier, str(other), "--image-size", "32", "32"]
+    arguments = two_configs(classifier, tmp_path)
     path = tmp_path / "found.json"
     status = bench.main([*arguments, "--rounds", "3", "--json", str(path)])
     assert status == bench.OUT_OF_MEMORY_STATUS
@@ -409,20 +421,9 @@ def test_an_interruption_keeps_what_was_measured(
     classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The second turn of the second config is the one that Ctrl-C ends."""
-    other = tmp_path / "other.py"
-    other.write_text(CLASSIFIER)
-    calls: list[Any] = []
-    work = passes.InferencePass.__call__
-
-    def call(self: Any) -> None:
-        calls.append(self)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        work(self)
-
-    monkeypatch.setattr(passes.InferencePass, "__call__", call)
+    calls = fail_at(5, KeyboardInterrupt(), monkeypatch)
     path = tmp_path / "found.json"
-    arguments = ["--config-file", classifier, str(other), "--image-size", "32", "32"]
+    arguments = two_configs(classifier, tmp_path)
     assert bench.main([*arguments, "--json", str(path)]) == 130
     printed, errors = capsys.readouterr()
     assert errors.splitlines()[-1] == "Interrupted"

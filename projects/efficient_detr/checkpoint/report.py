@@ -59,17 +59,13 @@ class ConversionReport:
     @property
     def filled(self) -> int:
         """Number of weights of ours that got values."""
-        groups = (self.matched, self.renamed, self.packed, self.reshaped, self.resized)
-        return sum(map(len, groups)) + len(self.class_rows)
+        return sum(filled for _, _, filled, _ in self._taken())
 
     @property
     def read(self) -> int:
         """Number of weights of the checkpoint."""
-        joined = sum(map(len, self.packed.values()))
-        # One weight of theirs may fill several of ours.
-        spread = len(self.renamed) - len(set(self.renamed.values()))
-        used = self.filled - len(self.packed) + joined - spread
-        return used + len(self.dropped) + len(self.unexpected)
+        taken = sum(read for _, read, _, _ in self._taken())
+        return taken + len(self.dropped) + len(self.unexpected)
 
     def leave_out_parts(self, keys: Iterable[str], prefix: str) -> None:
         """Note keys outside the backbone, by the part of the other model that has them.
@@ -91,22 +87,7 @@ class ConversionReport:
 
         Lines are at most 120 characters long, unless a name is longer than its column.
         """
-        read = {
-            "renamed": len(set(self.renamed.values())),
-            "joined": sum(map(len, self.packed.values())),
-        }
-        taken = [
-            ("taken as they are", self.matched, ""),
-            ("renamed", self.renamed, _arrows(self.renamed)),
-            ("joined", self.packed, _arrows(self.packed)),
-            ("reshaped", self.reshaped, "1x1 convolutions to linear layers"),
-            ("resized", self.resized, _counted(_changes(self.resized))),
-            ("rows of classes taken", self.class_rows, _counted(self.class_rows.values())),
-        ]
-        rows: list[tuple[str, int | None, int | None, str]] = [
-            (fate, read.get(fate, len(names)), len(names), details)
-            for fate, names, details in taken
-        ]
+        rows: list[tuple[str, int | None, int | None, str]] = [*self._taken()]
         rows += [
             ("left out", len(self.dropped), None, _counted(self.dropped.values())),
             ("without a place", len(self.unexpected), None, _with_reasons(self.unexpected)),
@@ -116,6 +97,25 @@ class ConversionReport:
         shown.append(("all", self.read, self.filled + len(self.initial), ""))
         headers = ["weights", "checkpoint", "model", ""]
         return str(tabulate(shown, headers=headers, colalign=("left", "right", "right", "left")))
+
+    def _taken(self) -> list[tuple[str, int, int, str]]:
+        """For each way to fill weights its name, how many it read and filled, and details."""
+        groups = [
+            ("taken as they are", self.matched, ""),
+            ("renamed", self.renamed, _arrows(self.renamed)),
+            ("joined", self.packed, _arrows(self.packed)),
+            ("reshaped", self.reshaped, "1x1 convolutions to linear layers"),
+            ("resized", self.resized, _counted(_changes(self.resized))),
+            ("rows of classes taken", self.class_rows, _counted(self.class_rows.values())),
+        ]
+        # One weight of theirs may fill several of ours, and several one.
+        read = {
+            "renamed": len(set(self.renamed.values())),
+            "joined": sum(map(len, self.packed.values())),
+        }
+        return [
+            (way, read.get(way, len(names)), len(names), details) for way, names, details in groups
+        ]
 
 
 def _arrows(sources: dict[str, str] | dict[str, tuple[str, ...]]) -> str:
