@@ -11,7 +11,6 @@ from efficient_detr.checkpoint.heads import (
     NumberedHeads,
     box_layers,
     class_layer,
-    count_keys,
     head_rows_of_file,
 )
 from efficient_detr.checkpoint.layout import (
@@ -34,6 +33,7 @@ from efficient_detr.checkpoint.official import (
     score_network,
 )
 from efficient_detr.checkpoint.resnet import torchvision_resnet
+from efficient_detr.checkpoint.shapes import count_keys
 
 _EMPTY_WEIGHT = "criterion.empty_weight"
 _NO_OBJECT_WEIGHT = 0.1

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from efficient_detr.checkpoint.conversion import Copy, Rename, Row, Spread, matches_template
+from efficient_detr.checkpoint.conversion import Copy, Rename, Row, Spread
 from efficient_detr.checkpoint.layout import Shapes
+from efficient_detr.checkpoint.shapes import count_keys
 
 PROPOSAL_HEAD = "detector.proposals.head."
-
-
-def count_keys(shapes: Shapes, template: str) -> int:
-    """How many weights a template stands for: with one number in it, how many numbers there are."""
-    return sum(matches_template(template, key) for key in shapes)
 
 
 def class_layer(theirs: str, ours: str, kind: type[Rename] | type[Copy] = Rename) -> Rename | Copy:

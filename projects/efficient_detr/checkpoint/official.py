@@ -12,7 +12,6 @@ from efficient_detr.checkpoint.heads import (
     NumberedHeads,
     box_layers,
     class_layer,
-    count_keys,
     head_rows_of_file,
     spread_over_layers,
 )
@@ -23,7 +22,7 @@ from efficient_detr.checkpoint.layout import (
     Shapes,
 )
 from efficient_detr.checkpoint.resnet import torchvision_resnet
-from efficient_detr.checkpoint.shapes import inside
+from efficient_detr.checkpoint.shapes import count_keys, inside
 from efficient_detr.checkpoint.swin import SWIN_OUTPUT_NORMS, swin_backbone, swin_from_ours
 
 ENCODER_LAYER = "transformer.encoder.layers.{layer}."

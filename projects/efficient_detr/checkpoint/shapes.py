@@ -8,6 +8,7 @@ from math import isqrt
 from torch import Tensor
 from torch.nn import functional as F
 
+from efficient_detr.checkpoint.conversion import matches_template
 from efficient_detr.checkpoint.layout import Shapes
 
 
@@ -20,6 +21,11 @@ def count_parts(keys: Iterable[str], start: str) -> int:
     """
     numbers = {key[len(start) :].partition(".")[0] for key in keys if key.startswith(start)}
     return sum(number.isdigit() for number in numbers)
+
+
+def count_keys(shapes: Shapes, template: str) -> int:
+    """How many weights a template stands for: with one number in it, how many numbers there are."""
+    return sum(matches_template(template, key) for key in shapes)
 
 
 def inside(shapes: Shapes, start: str) -> Shapes:
